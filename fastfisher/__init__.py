@@ -1,0 +1,68 @@
+"""Second-order pruning: the inverse empirical Fisher in blocks, and what it says about which weights to remove.
+
+The public names are imported when they are first used, so that `import fastfisher` alone costs milliseconds and does
+not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastfisher import errors as errors
+    from fastfisher import ops as ops
+    from fastfisher.fisher.blocks import BlockLayout as BlockLayout
+    from fastfisher.fisher.inverse import FisherAccumulator as FisherAccumulator
+    from fastfisher.fisher.inverse import FisherInverse as FisherInverse
+    from fastfisher.ops import explain as explain
+    from fastfisher.ops import use_backend as use_backend
+    from fastfisher.prune.pruner import plan as plan
+    from fastfisher.prune.pruner import prune as prune
+    from fastfisher.report import Report as Report
+
+__version__ = "0.1.0"
+
+# name -> module it lives in; a name that is a module itself stands beside its own path
+_HOME = {
+    "BlockLayout": "fastfisher.fisher.blocks",
+    "FisherAccumulator": "fastfisher.fisher.inverse",
+    "FisherInverse": "fastfisher.fisher.inverse",
+    "Report": "fastfisher.report",
+    "errors": "fastfisher.errors",
+    "explain": "fastfisher.ops",
+    "ops": "fastfisher.ops",
+    "plan": "fastfisher.prune.pruner",
+    "prune": "fastfisher.prune.pruner",
+    "use_backend": "fastfisher.ops",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastfisher' has no attribute {name!r}")
+    home = _HOME[name]
+    module = importlib.import_module(home)
+    value = module if home == f"fastfisher.{name}" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+class _Package(ModuleType):
+    """This package, in which `prune` stays the function when the folder of the same name is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # The import system binds every imported submodule in its parent, which would replace the function.
+        if not (name == "prune" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,77 @@
+"""Every environment variable fastfisher reads: its name, its default, and what it does.
+
+No other file of the package reads `os.environ`.  Variables are read when they are needed, so changing one inside a
+running process takes effect at the next call.  Importing this file imports nothing beyond the standard library.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: what it is called, what counts when it is unset, and one sentence about it."""
+
+    name: str
+    default: str
+    sentence: str
+
+    def get(self) -> str:
+        """The value in the environment, or the default where it is unset or empty."""
+        return os.environ.get(self.name, "").strip() or self.default
+
+
+BACKEND = Variable(
+    "FASTFISHER_BACKEND",
+    "",
+    "Forces one backend (reference, native) for every op; it raises where that backend cannot run.",
+)
+NUM_THREADS = Variable(
+    "FASTFISHER_NUM_THREADS",
+    "",
+    "Threads of the native kernels; unset means torch.get_num_threads().",
+)
+ISA = Variable(
+    "FASTFISHER_ISA",
+    "",
+    "Forces the instruction set of the native kernels (portable, avx2, avx512, neon) instead of the best one found.",
+)
+BUILD = Variable(
+    "FASTFISHER_BUILD",
+    "auto",
+    "Build time: native fails when the extension cannot be compiled, auto goes on without it, none never compiles.",
+)
+CUDA_ARCHS = Variable(
+    "FASTFISHER_CUDA_ARCHS",
+    "",
+    "Build time: GPU architectures to compile for, such as 80;90; has no effect in a release without CUDA sources.",
+)
+
+VARIABLES = (BACKEND, NUM_THREADS, ISA, BUILD, CUDA_ARCHS)
+
+ISAS = ("portable", "avx2", "avx512", "neon")
+
+
+def backend() -> str | None:
+    """The forced backend, or None when the order table decides."""
+    return BACKEND.get() or None
+
+
+def num_threads() -> int | None:
+    """The number of kernel threads asked for, or None for torch's own number.  Raises ValueError below 1."""
+    text = NUM_THREADS.get()
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{NUM_THREADS.name} must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def isa() -> str | None:
+    """The forced instruction set, or None for the best the machine has.  Raises ValueError on an unknown name."""
+    text = ISA.get().lower()
+    if text and text not in ISAS:
+        raise ValueError(f"{ISA.name} must be one of {', '.join(ISAS)}, got {text!r}")
+    return text or None
