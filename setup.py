@@ -135,7 +135,9 @@ def compile_and_link(
     lines += [f"build {ninja_path(output)}: link {' '.join(objects)}", ""]
     (folder / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
 
-    done = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     print(done.stdout, file=sys.stderr, end="")
     if done.returncode:
         errors = [line for line in done.stdout.splitlines() if "error" in line.lower()]
@@ -146,12 +148,18 @@ def compile_and_link(
 def build_native(output: Path, folder: Path) -> None:
     """Build the extension at `output`.  Raises BuildUnavailableError."""
     if sysconfig.get_platform().startswith("win"):
-        raise BuildUnavailableError("the kernels are written for g++ and clang++, which Python on Windows does not use")
+        raise BuildUnavailableError(
+            "the kernels are written for g++ and clang++, which Python on Windows does not use"
+        )
     bindings = ROOT / "csrc" / "bindings.cpp"
     if not bindings.is_file():
         raise BuildUnavailableError("the sources have no csrc/bindings.cpp")
     include = [pybind11_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
-    flags = [*COMMON, f"-I{ROOT / 'csrc'}", *(word for path in dict.fromkeys(include) for word in ("-isystem", path))]
+    flags = [
+        *COMMON,
+        f"-I{ROOT / 'csrc'}",
+        *(word for path in dict.fromkeys(include) for word in ("-isystem", path)),
+    ]
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     compile_and_link(
         output, {bindings: [], **kernel_sources()}, folder=folder, flags=flags, link=[*link, "-pthread"]
@@ -171,12 +179,15 @@ def record(package: Path, reason: str) -> None:
     if reason:
         for stale in [*package.glob("_native*.so"), *package.glob("_native*.pyd")]:
             stale.unlink()
-    text = f'"""Written by setup.py: why this build has no native extension, or "" where it has one."""\n\nREASON = {reason!r}\n'
+    docstring = '"""Written by setup.py: why this build has no native extension, or "" where it has one."""'
+    text = f"{docstring}\n\nREASON = {reason!r}\n"
     (package / "_build_info.py").write_text(text, encoding="utf-8")
 
 
 class BuildNative(build_ext):
     """build_ext by ninja, which a missing compiler does not stop unless FASTFISHER_BUILD=native."""
+
+    extensions: list[Extension]
 
     def run(self) -> None:
         (extension,) = self.extensions

@@ -1,0 +1,61 @@
+# Each command sets up what it needs: .venv, the packages, the compiled extension.
+#   make demo           prune a network trained on scikit-learn's digits; writes demo_output/
+#   make test           lint and all tests
+#   make lint           ruff, clang-format, mypy
+#   make bench          time the kernels against two rivals
+#   make test-sanitize  C++ tests and fuzzing under address and undefined-behaviour sanitizers
+#   make build          compile the extension in place
+#   make clean          remove what was built; .venv stays
+
+PYTHON ?= python3
+# Used where .venv has no torch yet; for a smaller download: make demo TORCH="torch --index-url <PyTorch's CPU index>"
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint bench test-sanitize build clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo.stamp build
+	$(BIN)/python examples/digits.py demo_output
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+	$(BIN)/mypy
+
+bench: $(VENV)/test.stamp build
+	$(BIN)/python -m benchmarks.run
+
+test-sanitize: $(VENV)/build.stamp
+	$(BIN)/python tests/cpp/run.py
+
+# Ninja compiles only what changed, so this is not a file target.
+build: $(VENV)/build.stamp
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+clean:
+	rm -rf build dist *.egg-info demo_output fastfisher/_native*.so fastfisher/_build_info.py
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The stamps keep the set-up from repeating; each goes stale when pyproject.toml changes.
+$(VENV)/build.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) "setuptools>=77" pybind11 ninja
+	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/build.stamp
+	$(PIP) --no-build-isolation --editable ".[cli,viz]" scikit-learn
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/build.stamp
+	$(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@
