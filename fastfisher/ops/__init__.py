@@ -1,0 +1,42 @@
+"""The ten operations on Fisher blocks: a reference in plain PyTorch each, and kernels that must agree with
+it.
+
+Everything is flat: weights [d], gradients [k, d], and blocks, which are ranges of the d weights.  Every op
+writes into the tensors it is given and returns nothing.
+"""
+
+import importlib
+from importlib.util import find_spec
+
+from fastfisher.ops._registry import BACKENDS, OPS, explain, implement, use_backend
+from fastfisher.ops.block_matvec import block_matvec
+from fastfisher.ops.dual_factor import dual_factor_
+from fastfisher.ops.fisher_accumulate import fisher_accumulate_
+from fastfisher.ops.inverse_diagonal import inverse_diagonal
+from fastfisher.ops.obs_saliency import obs_saliency
+from fastfisher.ops.obs_solve import obs_solve_
+from fastfisher.ops.obs_update import obs_update_
+from fastfisher.ops.sherman_morrison import sherman_morrison_
+from fastfisher.ops.spd_inverse import spd_inverse_
+from fastfisher.ops.woodbury import woodbury_
+
+if find_spec("fastfisher.kernels") and find_spec("fastfisher.kernels.native"):
+    importlib.import_module("fastfisher.kernels.native")  # registers its kernels here
+
+__all__ = [
+    "sherman_morrison_",
+    "woodbury_",
+    "fisher_accumulate_",
+    "spd_inverse_",
+    "dual_factor_",
+    "inverse_diagonal",
+    "block_matvec",
+    "obs_saliency",
+    "obs_update_",
+    "obs_solve_",
+    "explain",
+    "implement",
+    "use_backend",
+    "BACKENDS",
+    "OPS",
+]
