@@ -74,7 +74,7 @@ class Op:
         for i in self.written:
             if args[i].requires_grad:
                 raise FastFisherError(
-                    f"{self.name} writes into argument {i}, which requires grad; pass .detach()"
+                    f"{self.arguments[i]} is written by {self.name} but requires grad; pass it with .detach()"
                 )
             first, last = ranges[i]  # type: ignore[misc]
             for j, other in enumerate(ranges):

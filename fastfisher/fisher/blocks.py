@@ -1,0 +1,124 @@
+"""Which weights share a block: the map between named parameter tensors, the flat vector [d], and blocks of it.
+
+A block is a range of the flat vector.  It never crosses a parameter tensor, so the last block of a tensor may be
+short; with `block_size=None` the whole network is one block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastfisher.errors import FastFisherError
+
+
+class BlockLayout:
+    """The d weights of named tensors in one flat order, cut into K blocks of at most B.
+
+    names: of the parameter tensors, in the order of the flat vector.   shapes: one per name.
+    block_size: B, or None for one block over everything.
+    Raises FastFisherError where names and shapes do not match, a tensor is empty, or B is below 1 or above d.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    num_weights: int
+    block_size: int
+    single_block: bool
+    parameter_ranges: dict[str, tuple[int, int]]
+    blocks: Tensor  # int64 [K, 2], start and stop of each block
+
+    def __init__(
+        self, names: Sequence[str], shapes: Sequence[Sequence[int]], block_size: int | None
+    ) -> None:
+        if len(names) != len(shapes) or not names:
+            raise FastFisherError(f"names and shapes must pair up, got {len(names)} and {len(shapes)}")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if list(names).count(name) > 1)
+            raise FastFisherError(f"names must differ, got {twice!r} twice")
+        self.names = tuple(names)
+        self.shapes = tuple(torch.Size(shape) for shape in shapes)
+        self.parameter_ranges = {}
+        stop = 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if shape.numel() == 0:
+                raise FastFisherError(f"{name} has no weights, its shape is {list(shape)}")
+            start, stop = stop, stop + shape.numel()
+            self.parameter_ranges[name] = (start, stop)
+        self.num_weights = stop
+        self.single_block = block_size is None
+        if block_size is None:
+            self.block_size = self.num_weights
+            self.blocks = torch.tensor([[0, self.num_weights]])
+            return
+        if block_size < 1:
+            raise FastFisherError(f"block_size must be at least 1, got {block_size}")
+        if block_size > self.num_weights:
+            raise FastFisherError(f"block_size={block_size} exceeds the {self.num_weights} weights")
+        self.block_size = block_size
+        self.blocks = torch.cat([_cut(*edges, block_size) for edges in self.parameter_ranges.values()])
+
+    @classmethod
+    def from_sizes(cls, sizes: Sequence[int], block_size: int | None) -> BlockLayout:
+        """The layout of unnamed flat tensors of these sizes; they are called tensor0, tensor1, ..."""
+        return cls([f"tensor{i}" for i in range(len(sizes))], [(size,) for size in sizes], block_size)
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return self.blocks.shape[0]
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockLayout({len(self.names)} tensors, {self.num_weights} weights, "
+            f"{self.num_blocks} blocks of up to {self.block_size})"
+        )
+
+    def describe_block(self, b: int) -> str:
+        """Which weights block b holds, as parameter[first:last] of the flattened parameter."""
+        start, stop = self.blocks[b].tolist()
+        if self.single_block and len(self.names) > 1:
+            return f"{self.names[0]} ... {self.names[-1]} [{start}:{stop}]"
+        name = next(name for name, (_, last) in self.parameter_ranges.items() if start < last)
+        first = self.parameter_ranges[name][0]
+        return f"{name}[{start - first}:{stop - first}]"
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors of the layout's shapes as one new vector [d].
+
+        A common leading dimension is kept: tensors [m, *shape] give [m, d].
+        Raises FastFisherError where a name is missing or unknown, or a shape differs.
+        """
+        if set(tensors) != set(self.names):
+            wrong = sorted(set(tensors) ^ set(self.names))[0]
+            verdict = "is missing" if wrong in self.names else "is unknown"
+            raise FastFisherError(f"{wrong!r} {verdict}; the layout holds {', '.join(self.names)}")
+        lead = tensors[self.names[0]].shape[: tensors[self.names[0]].ndim - len(self.shapes[0])]
+        pieces = []
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if tensors[name].shape != lead + shape:
+                raise FastFisherError(
+                    f"{name} must be {[*lead, *shape]}, got {list(tensors[name].shape)}"
+                )
+            pieces.append(tensors[name].reshape(*lead, shape.numel()))
+        return torch.cat(pieces, dim=-1)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """The named views of a vector [d]; writing into them writes into the vector."""
+        if vector.shape != (self.num_weights,):
+            raise FastFisherError(f"vector must be [{self.num_weights}], got {list(vector.shape)}")
+        pieces = vector.split([shape.numel() for shape in self.shapes])
+        return {
+            name: piece.view(shape)
+            for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
+        }
+
+
+def _cut(start: int, stop: int, block_size: int) -> Tensor:
+    """The blocks [ceil((stop-start)/B), 2] of one tensor."""
+    count = math.ceil((stop - start) / block_size)
+    starts = start + block_size * torch.arange(count)
+    return torch.stack([starts, (starts + block_size).clamp(max=stop)], dim=1)
