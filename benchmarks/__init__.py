@@ -1,0 +1,1 @@
+"""Measured speed and published experiments; nothing here is imported by the package."""

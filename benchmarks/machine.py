@@ -1,0 +1,128 @@
+"""The machine a result was measured on: what it is, and the best rates it reached in the same run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastfisher as ff
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    return match.group(1).strip() if match else platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, with "-dirty" when code differs from it; "unknown" without git."""
+    try:
+        short = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [
+                "git",
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "--",
+                "csrc",
+                "fastfisher",
+                "benchmarks",
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    # Results and the page generated from them may change between runs of one state of the code.
+    dirty = [line for line in changed if not line[3:].startswith(("benchmarks/results", "benchmarks/README"))]
+    return f"{short}-dirty" if dirty else short
+
+
+def describe() -> dict[str, str | int]:
+    """Processor, cores, memory, versions and backend, for the head of every result."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(memory),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "blas": blas.group(1) if blas else "unknown",
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "fastfisher": ff.__version__,
+    }
+
+
+def slug() -> str:
+    """The machine in a file name: "amd-epyc-2cores"."""
+    name = re.sub(r"\(r\)|\(tm\)|cpu|processor|@.*", "", cpu_name().lower())
+    return f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}-{os.cpu_count()}cores"
+
+
+def peak_probes(size: int, copy_bytes: int) -> dict[str, tuple[Callable[[], object], float]]:
+    """Probes of the attainable peaks: name -> (call, operations or bytes of one call).
+
+    Two libraries multiply matrices in a CPU build of torch, BLAS behind `mm` and oneDNN behind `linear` layers; on
+    some processors one runs at half the rate of the other, so both are measured and the better one counts.   size: of
+    the square matrices.
+    """
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    out = torch.empty(size, size)
+    wide_a, wide_b, wide_out = a.double(), b.double(), out.double()
+    source = torch.ones(copy_bytes // 4)
+    target = torch.empty_like(source)
+    flops = 2.0 * size**3
+    probes: dict[str, tuple[Callable[[], object], float]] = {
+        "float32 mm": (lambda: torch.mm(a, b, out=out), flops),
+        "float64 mm": (lambda: torch.mm(wide_a, wide_b, out=wide_out), flops),
+        "copy": (lambda: target.copy_(source), 2.0 * source.nbytes),
+    }
+    if torch.backends.mkldnn.is_available():
+        probes["float32 oneDNN"] = (lambda: onednn_product(a, b), flops)
+    return probes
+
+
+def onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T through oneDNN, as an inference-time linear layer runs it."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def attainable(rates: dict[str, float]) -> dict[str, float | str]:
+    """Peaks from the measured rates (per second, units of one): GFLOP/s in both formats and GB/s, and which probe
+    gave them.
+
+    No library here runs float64 products through the widest vectors on every processor, so half the float32 rate
+    (half as many numbers a vector) counts where it is the larger.
+    """
+    float32 = max((name for name in rates if name.startswith("float32")), key=lambda name: rates[name])
+    half = rates[float32] / 2
+    float64, source = (half, f"half of {float32}")
+    if rates["float64 mm"] >= half:
+        float64, source = rates["float64 mm"], "float64 mm"
+    return {
+        "float32_gflops": rates[float32] / 1e9,
+        "float32_source": float32,
+        "float64_gflops": float64 / 1e9,
+        "float64_source": source,
+        "copy_gbs": rates["copy"] / 1e9,
+    }
