@@ -1,0 +1,164 @@
+// fastfisher._native: one function per op. Tensors come in as addresses, dtypes as the codes of ff::DType; shapes,
+// strides and bounds were checked in Python. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+const ff::KernelTable& table(const std::string& isa) {
+    const ff::KernelTable* found = ff::kernel_table(isa.c_str());
+    if (!found) throw std::invalid_argument("the instruction set " + isa + " is not available on this machine");
+    return *found;
+}
+
+ff::Gradients gradients(Address data, int dtype, int64_t rows, int64_t row_stride) {
+    return {at<const void>(data), static_cast<ff::DType>(dtype), rows, row_stride};
+}
+
+ff::Blocks block_ranges(Address range, int64_t count, int64_t size) { return {at<const int64_t>(range), count, size}; }
+
+// Calls `body` with the kernels of the state's type (float64 or float32) and a null pointer of that type.
+template <class Body>
+void with_type(bool is_double, const std::string& isa, Body body) {
+    const ff::KernelTable& kernels = table(isa);
+    py::gil_scoped_release release;
+    if (is_double) {
+        body(kernels.f64, static_cast<double*>(nullptr));
+    } else {
+        body(kernels.f32, static_cast<float*>(nullptr));
+    }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    using ff::Blocks;
+    using ff::Gradients;
+
+    py::class_<Gradients>(module, "Gradients")
+        .def(py::init(&gradients), py::arg("data"), py::arg("dtype"), py::arg("rows"), py::arg("row_stride"));
+    py::class_<Blocks>(module, "Blocks")
+        .def(py::init(&block_ranges), py::arg("range"), py::arg("count"), py::arg("size"));
+
+    module.def("isas", [] {
+        py::list names;
+        for (const char* const* name = ff::available_isas(); *name; ++name) names.append(*name);
+        return names;
+    });
+
+    module.def("sherman_morrison", [](const std::string& isa, int threads, bool is_double, Address f_inv, Gradients g,
+                                      Blocks blocks, double num_grads) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            kernels.sherman_morrison(at<std::remove_pointer_t<decltype(t)>>(f_inv), g, blocks, num_grads, threads);
+        });
+    });
+    module.def("woodbury", [](const std::string& isa, int threads, bool is_double, Address f_inv, Gradients g,
+                              Blocks blocks, double num_grads) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            kernels.woodbury(at<std::remove_pointer_t<decltype(t)>>(f_inv), g, blocks, num_grads, threads);
+        });
+    });
+    module.def("fisher_accumulate", [](const std::string& isa, int threads, bool is_double, Address fisher, Gradients g,
+                                       Blocks blocks, double num_grads) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            kernels.fisher_accumulate(at<std::remove_pointer_t<decltype(t)>>(fisher), g, blocks, num_grads, threads);
+        });
+    });
+    module.def("spd_inverse", [](const std::string& isa, int threads, bool is_double, Address matrix, int64_t count,
+                                 int64_t size, Address condition) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            kernels.spd_inverse(at<std::remove_pointer_t<decltype(t)>>(matrix), count, size, at<double>(condition),
+                                threads);
+        });
+    });
+    module.def("dual_factor", [](const std::string& isa, int threads, Address factor, Gradients g, Blocks blocks,
+                                 double num_grads, double damping, Address condition) {
+        const ff::KernelTable& kernels = table(isa);
+        py::gil_scoped_release release;
+        kernels.dual_factor(at<double>(factor), g, blocks, num_grads, damping, at<double>(condition), threads);
+    });
+    module.def("inverse_diagonal", [](const std::string& isa, int threads, bool is_double, Address out, Address f_inv,
+                                      Blocks blocks) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.inverse_diagonal(at<T>(out), at<const T>(f_inv), blocks, threads);
+        });
+    });
+    module.def("inverse_diagonal_dual", [](const std::string& isa, int threads, bool is_double, Address out,
+                                           Gradients g, Address factor, double damping, Blocks blocks) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.inverse_diagonal_dual(at<T>(out), {g, at<const double>(factor), damping}, blocks, threads);
+        });
+    });
+    module.def("block_matvec", [](const std::string& isa, int threads, bool is_double, Address out, Address x,
+                                  int64_t columns, Address f_inv, Blocks blocks) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.block_matvec(at<T>(out), at<const T>(x), columns, at<const T>(f_inv), blocks, threads);
+        });
+    });
+    module.def("block_matvec_dual", [](const std::string& isa, int threads, bool is_double, Address out, Address x,
+                                       int64_t columns, Gradients g, Address factor, double damping, Blocks blocks) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.block_matvec_dual(at<T>(out), at<const T>(x), columns, {g, at<const double>(factor), damping},
+                                      blocks, threads);
+        });
+    });
+    module.def("obs_saliency", [](const std::string& isa, int threads, bool is_double, Address out, Address weight,
+                                  Address inv_diag, int64_t count) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.obs_saliency(at<T>(out), at<const T>(weight), at<const T>(inv_diag), count, threads);
+        });
+    });
+    module.def("obs_update", [](const std::string& isa, int threads, bool is_double, Address weight, Address f_inv,
+                                Address inv_diag, int64_t count, Blocks blocks, Address mask) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.obs_update(at<T>(weight), at<const T>(f_inv), at<const T>(inv_diag), count, blocks,
+                               at<const uint8_t>(mask), threads);
+        });
+    });
+    module.def("obs_update_dual", [](const std::string& isa, int threads, bool is_double, Address weight, Gradients g,
+                                     Address factor, double damping, Address inv_diag, int64_t count, Blocks blocks,
+                                     Address mask) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.obs_update_dual(at<T>(weight), {g, at<const double>(factor), damping}, at<const T>(inv_diag), count,
+                                    blocks, at<const uint8_t>(mask), threads);
+        });
+    });
+    module.def("obs_solve", [](const std::string& isa, int threads, bool is_double, Address weight, Address f_inv,
+                               Blocks blocks, Address mask, Address failed) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.obs_solve(at<T>(weight), at<const T>(f_inv), blocks, at<const uint8_t>(mask), at<uint8_t>(failed),
+                              threads);
+        });
+    });
+    module.def("obs_solve_dual", [](const std::string& isa, int threads, bool is_double, Address weight, Gradients g,
+                                    Blocks blocks, double num_grads, double damping, Address mask, Address failed) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.obs_solve_dual(at<T>(weight), g, blocks, num_grads, damping, at<const uint8_t>(mask),
+                                   at<uint8_t>(failed), threads);
+        });
+    });
+}

@@ -1,0 +1,92 @@
+// factor [K, k, k] <- U = L^T with C = m damping I + G G^T = L L^T, per block, in float64 whatever the gradients are:
+// products of two float32 values are exact in float64, so the small eigenvalues of C survive any gradient-to-damping
+// ratio.
+#pragma once
+#include "spd_inverse.h"
+
+namespace ff {
+namespace FF_NAMESPACE {
+
+// Upper triangle of one tile of C: rows i0.., columns j0.. >= i0, of sum_q G[i, q] G[j, q] over the weights that `keep`
+// does not exclude.
+inline void dual_gram_tile(double* C, int64_t k, const Gradients& g, int64_t start, int64_t n, const uint8_t* keep,
+                           double ridge, int64_t i0, int64_t j0) {
+    const int64_t rows = min(SPAN, k - i0), columns = min(SPAN, k - j0);
+    TileScratch<double> s;
+    Scratch<double> lines(MR * DEPTH);
+    fill_zero<double>(s.c, padded<double>(rows) * s.ld);
+    for (int64_t q = 0; q < n; q += DEPTH) {
+        const int64_t depth = min(DEPTH, n - q);
+        pack_transposed<double>(g, i0, rows, start + q, depth, keep, s.a, s.ld, padded<double>(rows), lines);
+        if (i0 == j0) {
+            gram_lower<double, 1>(depth, s.a, s.ld, rows, s.c, s.ld);
+        } else {
+            pack_transposed<double>(g, j0, columns, start + q, depth, keep, s.b, s.ld, padded<double>(columns), lines);
+            product<double, 1>(depth, s.a, s.ld, rows, s.b, s.ld, columns, s.c, s.ld);
+        }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        if (i0 != j0) {
+            std::memcpy(C + (i0 + i) * k + j0, s.c + i * s.ld, static_cast<size_t>(columns) * sizeof(double));
+            continue;
+        }
+        for (int64_t j = i; j < columns; ++j) C[(i0 + i) * k + j0 + j] = s.c[j * s.ld + i];
+        C[(i0 + i) * k + i0 + i] += ridge;
+    }
+}
+
+// C [k, k], upper triangle <- the Gram matrix with its ridge; tiles over threads.
+inline void dual_gram(double* C, const Gradients& g, int64_t start, int64_t n, const uint8_t* keep, double ridge,
+                      int threads) {
+    const int64_t k = g.rows, tiles = ceil_div(k, SPAN);
+    auto task = [&](int64_t t) {
+        const int64_t i = t / tiles, j = t % tiles;
+        if (j >= i) dual_gram_tile(C, k, g, start, n, keep, ridge, i * SPAN, j * SPAN);
+    };
+    parallel(tiles * tiles, threads, task);
+}
+
+// ||A^-1||_2 for A = D C D with unit diagonal, by a few power iterations from a fixed start; `diagonal` is that of C.
+inline double inverse_norm(int64_t k, const double* U, const double* diagonal) {
+    Scratch<double> x(k);
+    for (int64_t i = 0; i < k; ++i) x[i] = (i * 2654435761u >> 7 & 1) ? 1.0 : -1.0;
+    double norm = std::sqrt(static_cast<double>(k));
+    double estimate = 1;
+    for (int iteration = 0; iteration < 5; ++iteration) {
+        for (int64_t i = 0; i < k; ++i) x[i] *= std::sqrt(diagonal[i]) / norm;
+        solve_vectors<double>(k, U, k, x, 1);
+        double squares = 0;
+        for (int64_t i = 0; i < k; ++i) {
+            x[i] *= std::sqrt(diagonal[i]);
+            squares += x[i] * x[i];
+        }
+        norm = std::sqrt(squares);
+        estimate = norm;
+    }
+    return estimate < 1.0 / 0.0 ? estimate : 1.0 / 0.0;
+}
+
+inline double factor_block(double* C, const Gradients& g, int64_t start, int64_t n, double ridge, int threads) {
+    const int64_t k = g.rows;
+    dual_gram(C, g, start, n, nullptr, ridge, threads);
+    Scratch<double> diagonal(k);
+    for (int64_t i = 0; i < k; ++i) diagonal[i] = C[i * k + i];
+    if (!blocked_cholesky<double>(k, C, k, threads)) return 1.0 / 0.0;
+    return inverse_norm(k, C, diagonal);
+}
+
+inline void dual_factor(double* factor, Gradients g, Blocks blocks, double num_grads, double damping,
+                        double* condition, int threads) {
+    const int64_t k = g.rows;
+    const bool spread_blocks = blocks.count >= threads;
+    auto task = [&](int64_t b) {
+        double* C = factor + b * k * k;
+        condition[b] = factor_block(C, g, blocks.start(b), blocks.length(b), num_grads * damping,
+                                    spread_blocks ? 1 : threads);
+        if (!(condition[b] < 1.0 / 0.0)) fill_nan(C, k * k);
+    };
+    parallel(blocks.count, spread_blocks ? threads : 1, task);
+}
+
+}  // namespace FF_NAMESPACE
+}  // namespace ff

@@ -1,0 +1,89 @@
+// Reading gradients: convert a piece of a row to the state's type, pack pieces of many rows into cache-resident panels.
+#pragma once
+#include "simd.h"
+
+namespace ff {
+namespace FF_NAMESPACE {
+
+FF_INLINE float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+FF_INLINE float from_bf16(uint16_t h) { return from_bits(static_cast<uint32_t>(h) << 16); }
+// The exponent of a half is rebased by one multiplication, which is exact and treats subnormals alike; inf and NaN are
+// the one exponent that it would get wrong.
+FF_INLINE float from_f16(uint16_t h) {
+    const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
+    const float finite = from_bits(magnitude) * from_bits(0x77800000u);  // 2^112
+    uint32_t bits;
+    std::memcpy(&bits, &finite, 4);
+    bits = (h & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : bits;
+    return from_bits(bits | static_cast<uint32_t>(h & 0x8000) << 16);
+}
+
+// out[0..n) <- grads[row, column .. column + n).
+template <class T>
+inline void read_row(const Gradients& g, int64_t row, int64_t column, int64_t n, T* __restrict__ out) {
+    const int64_t at = row * g.row_stride + column;
+    switch (g.dtype) {
+        case DType::f32: {
+            const float* p = static_cast<const float*>(g.data) + at;
+            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
+            break;
+        }
+        case DType::f64: {
+            const double* p = static_cast<const double*>(g.data) + at;
+            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
+            break;
+        }
+        case DType::f16: {
+            const uint16_t* p = static_cast<const uint16_t*>(g.data) + at;
+            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_f16(p[i]));
+            break;
+        }
+        case DType::bf16: {
+            const uint16_t* p = static_cast<const uint16_t*>(g.data) + at;
+            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_bf16(p[i]));
+            break;
+        }
+    }
+}
+
+// panel [rows, ld] <- grads[row .. row + rows, column .. column + n), zero-padded to `width` columns.
+template <class T>
+inline void pack_rows(const Gradients& g, int64_t row, int64_t rows, int64_t column, int64_t n, T* panel, int64_t ld,
+                      int64_t width) {
+    for (int64_t r = 0; r < rows; ++r) {
+        read_row(g, row + r, column, n, panel + r * ld);
+        fill_zero(panel + r * ld + n, width - n);
+    }
+}
+
+// panel [columns, ld] <- the transpose of grads[row .. row + rows, column .. column + columns), zero-padded to `width`
+// entries a row. Columns with keep[column] == 0 are read as 0 when `keep` (indexed like the weights) is given.
+// lines: scratch for MR rows of `columns` entries.
+template <class T>
+inline void pack_transposed(const Gradients& g, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                            const uint8_t* keep, T* panel, int64_t ld, int64_t width, T* lines) {
+    for (int64_t r0 = 0; r0 < width; r0 += MR) {
+        for (int64_t r = 0; r < MR; ++r) {
+            T* line = lines + r * columns;
+            if (r0 + r >= rows) {
+                fill_zero(line, columns);
+                continue;
+            }
+            read_row(g, row + r0 + r, column, columns, line);
+            if (keep) {
+                for (int64_t c = 0; c < columns; ++c) line[c] = keep[column + c] ? line[c] : T(0);
+            }
+        }
+        for (int64_t c = 0; c < columns; ++c) {
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < MR; ++r) panel[c * ld + r0 + r] = lines[r * columns + c];
+        }
+    }
+}
+
+}  // namespace FF_NAMESPACE
+}  // namespace ff

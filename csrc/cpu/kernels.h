@@ -1,0 +1,83 @@
+// What the CPU kernels compute, for callers that know nothing of SIMD: one table of functions per element type,
+// filled once per instruction set (kernels_<isa>.cpp) and chosen at run time (dispatch.cpp).
+//
+// Letters: d weights, K blocks, B block size, n <= B the length of one block, k gradients handed over, m their divisor.
+#pragma once
+#include <cstdint>
+
+namespace ff {
+
+enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+// Gradients [k, d]: unit inner stride, any row stride (in elements).
+struct Gradients {
+    const void* data;
+    DType dtype;
+    int64_t rows;
+    int64_t row_stride;
+};
+
+// Block b covers the weights range[2b] .. range[2b + 1] - 1; no block is longer than `size` (B).
+struct Blocks {
+    const int64_t* range;
+    int64_t count;
+    int64_t size;
+    int64_t start(int64_t b) const { return range[2 * b]; }
+    int64_t length(int64_t b) const { return range[2 * b + 1] - range[2 * b]; }
+};
+
+// The dual state of the inverse: F^-1 = (I - G^T C^-1 G) / damping with C = L L^T per block.
+// factor [K, k, k] holds U = L^T, row-major.
+struct Dual {
+    Gradients grads;
+    const double* factor;
+    double damping;
+};
+
+// T is the type of the state (float or double). `threads` is the number of threads to use, this one included.
+template <class T>
+struct Kernels {
+    // f_inv [K, B, B] <- f_inv - v v^T / (m + g.v), v = f_inv g, for every gradient in turn.
+    void (*sherman_morrison)(T* f_inv, Gradients, Blocks, double num_grads, int threads);
+    // The same for k gradients at once through the capacitance m I + G f_inv G^T; NaN where it is not definite.
+    void (*woodbury)(T* f_inv, Gradients, Blocks, double num_grads, int threads);
+    // fisher [K, B, B] += G^T G / m, lower triangle only.
+    void (*fisher_accumulate)(T* fisher, Gradients, Blocks, double num_grads, int threads);
+    // matrix [K, B, B] <- its inverse, from the lower triangle. condition [K]: ||A^-1||_F, A = the matrix scaled to unit
+    // diagonal; +inf (and NaN in the block) where a pivot is not positive and finite.
+    void (*spd_inverse)(T* matrix, int64_t num_blocks, int64_t block_size, double* condition, int threads);
+    // out [d] (entries inside blocks) <- diag F^-1.
+    void (*inverse_diagonal)(T* out, const T* f_inv, Blocks, int threads);
+    void (*inverse_diagonal_dual)(T* out, Dual, Blocks, int threads);
+    // out [d, n] (rows inside blocks) <- F^-1 x.
+    void (*block_matvec)(T* out, const T* x, int64_t n, const T* f_inv, Blocks, int threads);
+    void (*block_matvec_dual)(T* out, const T* x, int64_t n, Dual, Blocks, int threads);
+    // out [d] <- w^2 / (2 inv_diag).
+    void (*obs_saliency)(T* out, const T* weight, const T* inv_diag, int64_t d, int threads);
+    // Summed removal of the weights with mask 0: w <- w - F^-1 (1_Q w / inv_diag), w_Q = 0, inside the blocks.
+    void (*obs_update)(T* weight, const T* f_inv, const T* inv_diag, int64_t d, Blocks, const uint8_t* mask,
+                       int threads);
+    void (*obs_update_dual)(T* weight, Dual, const T* inv_diag, int64_t d, Blocks, const uint8_t* mask, int threads);
+    // Exact joint removal of the weights with mask 0; failed [K] marks blocks left untouched.
+    void (*obs_solve)(T* weight, const T* f_inv, Blocks, const uint8_t* mask, uint8_t* failed, int threads);
+    void (*obs_solve_dual)(T* weight, Gradients, Blocks, double num_grads, double damping, const uint8_t* mask,
+                           uint8_t* failed, int threads);
+};
+
+// factor [K, k, k] <- U with U^T U = m damping I + G G^T per block; condition [K] as a power-iteration estimate of
+// ||A^-1||_2, A = that matrix scaled to unit diagonal; +inf (and NaN in the factor) at failure.
+using DualFactor = void (*)(double* factor, Gradients, Blocks, double num_grads, double damping, double* condition,
+                            int threads);
+
+struct KernelTable {
+    Kernels<float> f32;
+    Kernels<double> f64;
+    DualFactor dual_factor;
+};
+
+// The instruction sets compiled into this build, best first, that this processor can run; null-terminated.
+const char* const* available_isas();
+// The table for one of them; null for a name that is not available.
+const KernelTable* kernel_table(const char* isa);
+
+}  // namespace ff

@@ -1,0 +1,99 @@
+// matrix [K, B, B] <- its inverse, from the lower triangle: U^T U = A, X = L^-1, A^-1 = X^T X; B^3 / 2 multiply-adds a
+// block in three parts of B^3 / 6, all inside the cache for B <= IN_CACHE.
+#pragma once
+#include "blocked.h"
+#include "fisher_accumulate.h"
+
+namespace ff {
+namespace FF_NAMESPACE {
+
+constexpr int64_t IN_CACHE = 256;
+
+template <class T>
+inline void fill_nan(T* p, int64_t n) {
+    const T nan = T(0) / T(0);
+    for (int64_t i = 0; i < n; ++i) p[i] = nan;
+}
+
+// The norm of the inverse C (lower triangle at `C`, row stride ld) scaled by s on both sides, into `condition`, and the
+// full symmetric inverse into `out`.
+template <class T>
+inline double finish_inverse(int64_t n, const T* C, int64_t ld, const T* s, T* out) {
+    double squares = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const T* __restrict__ row = C + i * ld;
+        T lanes[16] = {};
+        int64_t j = 0;
+        for (; j + 16 <= i; j += 16)
+            for (int64_t l = 0; l < 16; ++l) {
+                const T scaled = row[j + l] * s[i] * s[j + l];
+                lanes[l] += scaled * scaled;
+            }
+        for (; j < i; ++j) {
+            const T scaled = row[j] * s[i] * s[j];
+            lanes[0] += scaled * scaled;
+        }
+        double sum = 0;
+        for (T lane : lanes) sum += static_cast<double>(lane);
+        const double diagonal = static_cast<double>(row[i] * s[i] * s[i]);
+        squares += 2 * sum + diagonal * diagonal;
+    }
+    // Squares of tiles: rows are written contiguously, the mirrored columns stay in cache meanwhile.
+    for (int64_t i0 = 0; i0 < n; i0 += 16)
+        for (int64_t j0 = 0; j0 <= i0; j0 += 16)
+            for (int64_t i = i0; i < min(i0 + 16, n); ++i)
+                for (int64_t j = j0; j < min(j0 + 16, i + 1); ++j) out[j * n + i] = out[i * n + j] = C[i * ld + j];
+    const double condition = std::sqrt(squares);
+    return condition < 1.0 / 0.0 ? condition : 1.0 / 0.0;  // NaN counts as failed
+}
+
+template <class T>
+inline double invert_in_cache(T* matrix, int64_t n, T* U, T* X, int64_t ld, T* s) {
+    const int64_t np = padded<T>(n);
+    fill_zero(U, np * ld);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j <= i; ++j) U[j * ld + i] = matrix[i * n + j];
+    for (int64_t i = n; i < np; ++i) U[i * ld + i] = T(1);
+    for (int64_t i = 0; i < n; ++i) s[i] = std::sqrt(U[i * ld + i]);
+    if (!cholesky<T>(n, U, ld)) return 1.0 / 0.0;
+    triangular_inverse<T>(n, U, ld, X, ld);
+    triangular_gram<T>(n, X, ld, U, ld);
+    return finish_inverse<T>(n, U, ld, s, matrix);
+}
+
+template <class T>
+inline double invert_large(T* matrix, int64_t n, int threads) {
+    Scratch<T> X(n * n), s(n);
+    for (int64_t i = 0; i < n; ++i) {
+        s[i] = std::sqrt(matrix[i * n + i]);
+        for (int64_t j = 0; j < i; ++j) matrix[j * n + i] = matrix[i * n + j];
+    }
+    if (!blocked_cholesky<T>(n, matrix, n, threads)) return 1.0 / 0.0;
+    blocked_inverse<T>(n, matrix, n, X, threads);
+    return finish_inverse<T>(n, matrix, n, s, matrix);
+}
+
+template <class T>
+void spd_inverse(T* matrix, int64_t num_blocks, int64_t B, double* condition, int threads) {
+    auto settle = [&](int64_t b, double value) {
+        condition[b] = value;
+        if (!(value < 1.0 / 0.0)) fill_nan(matrix + b * B * B, B * B);
+    };
+    if (B <= IN_CACHE) {
+        const int64_t per_task = blocks_per_task(num_blocks, threads);
+        auto task = [&](int64_t t) {
+            const int64_t ld = leading<T>(B), np = padded<T>(B);
+            Scratch<T> U(np * ld), X(np * ld), s(B);
+            for (int64_t b = t * per_task; b < min(num_blocks, (t + 1) * per_task); ++b)
+                settle(b, invert_in_cache<T>(matrix + b * B * B, B, U, X, ld, s));
+        };
+        return parallel(ceil_div(num_blocks, per_task), threads, task);
+    }
+    // Either whole blocks to threads, or the tiles of one block after the other: the same arithmetic both ways.
+    const bool spread_blocks = num_blocks >= threads;
+    auto task = [&](int64_t b) { settle(b, invert_large<T>(matrix + b * B * B, B, spread_blocks ? 1 : threads)); };
+    parallel(num_blocks, spread_blocks ? threads : 1, task);
+}
+
+}  // namespace FF_NAMESPACE
+}  // namespace ff

@@ -1,0 +1,27 @@
+// Fills the kernel table of the instruction set this translation unit is compiled for. A kernels_<isa>.cpp defines
+// FF_NAMESPACE, FF_VECTOR_BYTES, FF_TILE_ROWS, FF_TILE_VECTORS and includes this file.
+#pragma once
+#include "block_matvec.h"
+#include "dual_factor.h"
+#include "fisher_accumulate.h"
+#include "inverse_diagonal.h"
+#include "obs.h"
+#include "sherman_morrison.h"
+#include "spd_inverse.h"
+#include "woodbury.h"
+
+namespace ff {
+namespace FF_NAMESPACE {
+
+template <class T>
+constexpr Kernels<T> kernels() {
+    return {sherman_morrison<T>, woodbury<T>,     fisher_accumulate<T>, spd_inverse<T>,  inverse_diagonal<T>,
+            inverse_diagonal_dual<T>, block_matvec<T>, block_matvec_dual<T>, obs_saliency<T>, obs_update<T>,
+            obs_update_dual<T>, obs_solve<T>, obs_solve_dual<T>};
+}
+
+extern const KernelTable table;
+constexpr KernelTable table = {kernels<float>(), kernels<double>(), dual_factor};
+
+}  // namespace FF_NAMESPACE
+}  // namespace ff

@@ -1,0 +1,262 @@
+"""The `native` backend: hands addresses, shapes and dtypes of checked tensors to the C++ kernels of csrc/.
+
+The extension knows nothing of torch; what a kernel computes and which letters it uses stands in csrc/cpu/kernels.h.
+Where the extension is absent, or a call is not its kind (device, dtype), `why_not` says so in a sentence.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastfisher import environment
+from fastfisher.ops._registry import implement
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # ff::DType
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("fastfisher._native"), ""
+    except ImportError as error:
+        return None, f"the extension fastfisher._native cannot be imported ({error})"
+
+
+_native, load_error = _load()
+
+
+def isas() -> list[str]:
+    """Instruction sets in this build that this processor runs, best first; empty without the extension."""
+    return _native.isas() if _native else []
+
+
+@lru_cache(maxsize=8)
+def _usable_isa(asked: str | None) -> str:
+    names = isas()
+    if asked is not None and asked not in names:
+        raise ValueError(f"{environment.ISA.name}={asked} is not available here; available: {', '.join(names)}")
+    return asked or names[0]
+
+
+def selected_isa() -> str:
+    """The instruction set the kernels use: FASTFISHER_ISA, else the best one.  Raises ValueError if unavailable."""
+    return _usable_isa(environment.isa())
+
+
+def _threads() -> int:
+    return environment.num_threads() or torch.get_num_threads()
+
+
+def why_not(*args: object) -> str | None:
+    """None when the kernels can run on these arguments, else the reason."""
+    if _native is None:
+        return load_error
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.device.type != "cpu":
+                return f"it runs on CPU tensors, got one on {arg.device}"
+            if arg.is_floating_point() and arg.dtype not in DTYPE_CODES:
+                return f"it has no kernel for {arg.dtype}"
+    return None
+
+
+def _kernel(name: str) -> Callable[..., None]:
+    """The C++ function, bound to the instruction set and the number of threads in force."""
+    isa, threads = selected_isa(), _threads()
+    function = getattr(_native, name)
+    return lambda *args: function(isa, threads, *args)
+
+
+def _is_double(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float64
+
+
+def _grads(grads: Tensor) -> object:
+    assert _native is not None
+    return _native.Gradients(grads.data_ptr(), DTYPE_CODES[grads.dtype], grads.shape[0], grads.stride(0))
+
+
+def _blocks(blocks: Tensor, block_size: int) -> object:
+    assert _native is not None
+    return _native.Blocks(blocks.data_ptr(), blocks.shape[0], block_size)
+
+
+def _widest(*tensors: Tensor | None) -> torch.dtype:
+    """The one dtype a kernel computes in when its arguments come in several: float32 or float64."""
+    return torch.float64 if any(t is not None and _is_double(t) for t in tensors) else torch.float32
+
+
+def _longest(blocks: Tensor) -> int:
+    return int((blocks[:, 1] - blocks[:, 0]).max())
+
+
+@implement("sherman_morrison_", "native", why_not)
+def _sherman_morrison(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
+    _kernel("sherman_morrison")(
+        _is_double(f_inv), f_inv.data_ptr(), _grads(grads), _blocks(blocks, f_inv.shape[-1]), num_grads
+    )
+
+
+@implement("woodbury_", "native", why_not)
+def _woodbury(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
+    _kernel("woodbury")(
+        _is_double(f_inv), f_inv.data_ptr(), _grads(grads), _blocks(blocks, f_inv.shape[-1]), num_grads
+    )
+
+
+@implement("fisher_accumulate_", "native", why_not)
+def _fisher_accumulate(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
+    _kernel("fisher_accumulate")(
+        _is_double(fisher), fisher.data_ptr(), _grads(grads), _blocks(blocks, fisher.shape[-1]), num_grads
+    )
+
+
+@implement("spd_inverse_", "native", why_not)
+def _spd_inverse(matrix: Tensor, condition: Tensor) -> None:
+    _kernel("spd_inverse")(
+        _is_double(matrix), matrix.data_ptr(), matrix.shape[0], matrix.shape[-1], condition.data_ptr()
+    )
+
+
+@implement("dual_factor_", "native", why_not)
+def _dual_factor(
+    factor: Tensor, grads: Tensor, blocks: Tensor, num_grads: int, damping: float, condition: Tensor
+) -> None:
+    _kernel("dual_factor")(
+        factor.data_ptr(),
+        _grads(grads),
+        _blocks(blocks, _longest(blocks)),
+        num_grads,
+        damping,
+        condition.data_ptr(),
+    )
+
+
+@implement("inverse_diagonal", "native", why_not)
+def _inverse_diagonal(state: Tensor, factor: Tensor | None, blocks: Tensor, damping: float, out: Tensor) -> None:
+    if factor is not None:
+        dual = (_grads(state), factor.data_ptr(), damping, _blocks(blocks, _longest(blocks)))
+        _kernel("inverse_diagonal_dual")(_is_double(out), out.data_ptr(), *dual)
+        return
+    dtype = _widest(state, out)
+    state, result = state.to(dtype), out.to(dtype)
+    _kernel("inverse_diagonal")(
+        _is_double(result), result.data_ptr(), state.data_ptr(), _blocks(blocks, state.shape[-1])
+    )
+    if result is not out:
+        out.copy_(result)
+
+
+@implement("block_matvec", "native", why_not)
+def _block_matvec(
+    state: Tensor, factor: Tensor | None, blocks: Tensor, damping: float, x: Tensor, out: Tensor
+) -> None:
+    columns = x.shape[1]
+    if factor is not None:
+        dual = (_grads(state), factor.data_ptr(), damping, _blocks(blocks, _longest(blocks)))
+        _kernel("block_matvec_dual")(_is_double(out), out.data_ptr(), x.data_ptr(), columns, *dual)
+        return
+    dtype = _widest(state, out)
+    state, x, result = state.to(dtype), x.to(dtype), out.to(dtype)
+    _kernel("block_matvec")(
+        _is_double(result),
+        result.data_ptr(),
+        x.data_ptr(),
+        columns,
+        state.data_ptr(),
+        _blocks(blocks, state.shape[-1]),
+    )
+    if result is not out:
+        out.copy_(result)
+
+
+@implement("obs_saliency", "native", why_not)
+def _obs_saliency(weight: Tensor, inv_diag: Tensor, out: Tensor) -> None:
+    dtype = _widest(weight, inv_diag, out)
+    weight, inv_diag, result = weight.to(dtype), inv_diag.to(dtype), out.to(dtype)
+    _kernel("obs_saliency")(
+        _is_double(result), result.data_ptr(), weight.data_ptr(), inv_diag.data_ptr(), weight.numel()
+    )
+    if result is not out:
+        out.copy_(result)
+
+
+@implement("obs_update_", "native", why_not)
+def _obs_update(
+    weight: Tensor,
+    state: Tensor,
+    factor: Tensor | None,
+    blocks: Tensor,
+    damping: float,
+    inv_diag: Tensor,
+    mask: Tensor,
+) -> None:
+    dtype = _widest(weight, inv_diag, state if factor is None else None)
+    updated, inv_diag = weight.to(dtype), inv_diag.to(dtype)
+    if factor is None:
+        state = state.to(dtype)
+        _kernel("obs_update")(
+            _is_double(updated),
+            updated.data_ptr(),
+            state.data_ptr(),
+            inv_diag.data_ptr(),
+            updated.numel(),
+            _blocks(blocks, state.shape[-1]),
+            mask.data_ptr(),
+        )
+    else:
+        _kernel("obs_update_dual")(
+            _is_double(updated),
+            updated.data_ptr(),
+            _grads(state),
+            factor.data_ptr(),
+            damping,
+            inv_diag.data_ptr(),
+            updated.numel(),
+            _blocks(blocks, _longest(blocks)),
+            mask.data_ptr(),
+        )
+    if updated is not weight:
+        weight.copy_(updated)
+
+
+@implement("obs_solve_", "native", why_not)
+def _obs_solve(
+    weight: Tensor,
+    state: Tensor,
+    factor: Tensor | None,
+    blocks: Tensor,
+    num_grads: int,
+    damping: float,
+    mask: Tensor,
+    failed: Tensor,
+) -> None:
+    if factor is not None:
+        _kernel("obs_solve_dual")(
+            _is_double(weight),
+            weight.data_ptr(),
+            _grads(state),
+            _blocks(blocks, _longest(blocks)),
+            num_grads,
+            damping,
+            mask.data_ptr(),
+            failed.data_ptr(),
+        )
+        return
+    dtype = _widest(weight, state)
+    updated, state = weight.to(dtype), state.to(dtype)
+    _kernel("obs_solve")(
+        _is_double(updated),
+        updated.data_ptr(),
+        state.data_ptr(),
+        _blocks(blocks, state.shape[-1]),
+        mask.data_ptr(),
+        failed.data_ptr(),
+    )
+    if updated is not weight:
+        weight.copy_(updated)
