@@ -107,16 +107,16 @@ def ninja_command(words: list[str]) -> str:
 
 
 def compile_and_link(
-    output: Path, sources: dict[Path, list[str]], *, folder: Path, flags: list[str], link: list[str]
+    programs: dict[Path, dict[Path, list[str]]], *, folder: Path, flags: list[str], link: list[str]
 ) -> None:
-    """Compile every source with `flags` and its own flags, all at once, and link them into `output`.
+    """Compile every source with `flags` and its own flags, all at once, and link each program from its sources.
 
-    Objects, build.ninja and dependency files stay in `folder`, so that a second call compiles only what changed.
+    programs: output -> {source: its own flags}; a source of several programs is compiled once.  Objects, build.ninja
+    and dependency files stay in `folder`, so that a second call compiles only what changed.
     Raises BuildUnavailableError with one sentence; the compiler's own words go to stderr.
     """
     compiler, ninja = find_compiler(), find_ninja()
     folder.mkdir(parents=True, exist_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
@@ -128,12 +128,18 @@ def compile_and_link(
         f"  command = {ninja_command(compiler)} $in -o $out {ninja_command(link)}",
         "  description = link $out",
     ]
-    objects = []
-    for source, own in sources.items():
-        objects.append(ninja_path(folder / f"{source.stem}.o"))
-        lines += [f"build {objects[-1]}: compile {ninja_path(source)}", f"  flags = {ninja_command(own)}"]
-    lines += [f"build {ninja_path(output)}: link {' '.join(objects)}", ""]
-    (folder / "build.ninja").write_text("\n".join(lines), encoding="utf-8")
+    objects: dict[Path, str] = {}
+    for output, sources in programs.items():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for source, own in sources.items():
+            if source not in objects:
+                objects[source] = ninja_path(folder / f"{source.stem}.o")
+                lines += [
+                    f"build {objects[source]}: compile {ninja_path(source)}",
+                    f"  flags = {ninja_command(own)}",
+                ]
+        lines.append(f"build {ninja_path(output)}: link {' '.join(objects[source] for source in sources)}")
+    (folder / "build.ninja").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
     done = subprocess.run(
         [ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -161,9 +167,8 @@ def build_native(output: Path, folder: Path) -> None:
         *(word for path in dict.fromkeys(include) for word in ("-isystem", path)),
     ]
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    compile_and_link(
-        output, {bindings: [], **kernel_sources()}, folder=folder, flags=flags, link=[*link, "-pthread"]
-    )
+    sources = {bindings: [], **kernel_sources()}
+    compile_and_link({output: sources}, folder=folder, flags=flags, link=[*link, "-pthread"])
 
 
 def build_mode() -> str:

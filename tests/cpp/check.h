@@ -1,0 +1,491 @@
+// One random problem, every kernel, and the same result by plain loops in double: what the tests and the fuzz target
+// share. Memory is allocated to the byte, so that the address sanitizer sees every access outside of it.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace check {
+
+using ff::Blocks;
+using ff::DType;
+using ff::Dual;
+using ff::Gradients;
+using ff::Kernels;
+using ff::KernelTable;
+using Matrix = std::vector<double>;  // row-major
+
+constexpr double DAMPING = 0.5;
+
+struct Problem {
+    int64_t block_size = 1;
+    std::vector<int64_t> range;  // start, stop of each block
+    int64_t num_weights = 1;
+    int64_t num_grads = 1;
+    int64_t columns = 1;  // of the matrix that the inverse is applied to
+    DType dtype = DType::f32;
+    int64_t extra_stride = 0;  // of the gradient rows
+    uint32_t seed = 0;
+
+    int64_t num_blocks() const { return static_cast<int64_t>(range.size()) / 2; }
+    Blocks blocks() const { return {range.data(), num_blocks(), block_size}; }
+    std::string text() const {
+        return "K=" + std::to_string(num_blocks()) + " B=" + std::to_string(block_size) +
+               " d=" + std::to_string(num_weights) + " k=" + std::to_string(num_grads) +
+               " n=" + std::to_string(columns) + " dtype=" + std::to_string(static_cast<int>(dtype)) +
+               " seed=" + std::to_string(seed);
+    }
+};
+
+// Blocks of `block_size` over `num_weights`, the last one short; every third block is followed by a gap when `gaps`.
+inline Problem make_problem(int64_t block_size, int64_t num_weights, int64_t num_grads, bool gaps = false) {
+    Problem p;
+    p.block_size = block_size;
+    p.num_weights = num_weights;
+    p.num_grads = num_grads;
+    for (int64_t start = 0, b = 0; start < num_weights; ++b) {
+        const int64_t stop = std::min(start + block_size, num_weights);
+        p.range.insert(p.range.end(), {start, stop});
+        start = stop + (gaps && b % 3 == 2 ? 2 : 0);
+    }
+    return p;
+}
+
+[[noreturn]] inline void fail(const std::string& what, const Problem& p) {
+    std::fprintf(stderr, "FAILED %s: %s\n", what.c_str(), p.text().c_str());
+    std::abort();
+}
+
+// Gradients as stored, and the very same numbers in double.
+struct StoredGradients {
+    std::vector<unsigned char> bytes;
+    Matrix values;  // [k, d]
+    int64_t stride = 0;
+    Gradients view(const Problem& p) const { return {bytes.data(), p.dtype, p.num_grads, stride}; }
+};
+
+// Multiples of 1/16 between -2 and 2: exact in every dtype, so that all kernels see the numbers that the loops see.
+inline StoredGradients make_gradients(const Problem& p) {
+    std::mt19937 random(p.seed);
+    StoredGradients g;
+    g.stride = p.num_weights + p.extra_stride;
+    g.values.resize(p.num_grads * p.num_weights);
+    const int64_t size = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+    g.bytes.assign(((p.num_grads - 1) * g.stride + p.num_weights) * size, 0xff);  // the gaps between rows are NaN
+    for (int64_t a = 0; a < p.num_grads; ++a) {
+        for (int64_t q = 0; q < p.num_weights; ++q) {
+            const int sixteenths = static_cast<int>(random() % 65) - 32;
+            const double value = sixteenths / 16.0;
+            const float single = static_cast<float>(value);
+            unsigned char* at = g.bytes.data() + (a * g.stride + q) * size;
+            g.values[a * p.num_weights + q] = value;
+            uint32_t bits;
+            std::memcpy(&bits, &single, 4);
+            if (p.dtype == DType::f64) std::memcpy(at, &value, 8);
+            if (p.dtype == DType::f32) std::memcpy(at, &single, 4);
+            if (p.dtype == DType::bf16) {
+                const uint16_t half = static_cast<uint16_t>(bits >> 16);
+                std::memcpy(at, &half, 2);
+            }
+            if (p.dtype == DType::f16) {
+                const uint32_t exponent = (bits >> 23 & 0xff) - 127 + 15;
+                const uint16_t half = static_cast<uint16_t>(
+                    sixteenths == 0 ? 0 : bits >> 31 << 15 | exponent << 10 | (bits >> 13 & 0x3ff));
+                std::memcpy(at, &half, 2);
+            }
+        }
+    }
+    return g;
+}
+
+// The inverse of a small matrix [n, n] by Gauss-Jordan elimination with pivoting.
+inline Matrix inverse(Matrix a, int64_t n) {
+    Matrix x(n * n, 0.0);
+    for (int64_t i = 0; i < n; ++i) x[i * n + i] = 1;
+    for (int64_t c = 0; c < n; ++c) {
+        int64_t pivot = c;
+        for (int64_t r = c; r < n; ++r)
+            if (std::fabs(a[r * n + c]) > std::fabs(a[pivot * n + c])) pivot = r;
+        for (int64_t j = 0; j < n; ++j) {
+            std::swap(a[c * n + j], a[pivot * n + j]);
+            std::swap(x[c * n + j], x[pivot * n + j]);
+        }
+        const double scale = 1 / a[c * n + c];
+        for (int64_t j = 0; j < n; ++j) {
+            a[c * n + j] *= scale;
+            x[c * n + j] *= scale;
+        }
+        for (int64_t r = 0; r < n; ++r) {
+            const double factor = a[r * n + c];
+            if (r == c || factor == 0) continue;
+            for (int64_t j = 0; j < n; ++j) {
+                a[r * n + j] -= factor * a[c * n + j];
+                x[r * n + j] -= factor * x[c * n + j];
+            }
+        }
+    }
+    return x;
+}
+
+// ||D^1/2 A^-1 D^1/2||_F for D = diag(A): the norm of the inverse of A scaled to unit diagonal.
+inline double scaled_inverse_norm(const Matrix& a, const Matrix& inv, int64_t n) {
+    double squares = 0;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j) squares += inv[i * n + j] * inv[i * n + j] * a[i * n + i] * a[j * n + j];
+    return std::sqrt(squares);
+}
+
+// lambda I + G^T G / m over one block, or over the weights of it that `keep` names.
+inline Matrix block_fisher(const Problem& p, const Matrix& grads, int64_t b) {
+    const int64_t start = p.range[2 * b], n = p.range[2 * b + 1] - start;
+    Matrix fisher(n * n, 0.0);
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+            double sum = 0;
+            for (int64_t a = 0; a < p.num_grads; ++a)
+                sum += grads[a * p.num_weights + start + i] * grads[a * p.num_weights + start + j];
+            fisher[i * n + j] = sum / static_cast<double>(p.num_grads) + (i == j ? DAMPING : 0);
+        }
+    }
+    return fisher;
+}
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+// |got - want| <= tolerance * max |want|, and no NaN.
+template <class T>
+void expect_near(const T* got, const double* want, int64_t n, double tolerance, const char* what, const Problem& p) {
+    double scale = 1e-30;
+    for (int64_t i = 0; i < n; ++i) scale = std::max(scale, std::fabs(want[i]));
+    for (int64_t i = 0; i < n; ++i)
+        if (!(std::fabs(static_cast<double>(got[i]) - want[i]) <= tolerance * scale)) {
+            std::fprintf(stderr, "entry %lld: got %.17g, want %.17g\n", static_cast<long long>(i),
+                         static_cast<double>(got[i]), want[i]);
+            fail(what, p);
+        }
+}
+
+template <class T>
+class Checker {
+   public:
+    Checker(const Kernels<T>& kernels, ff::DualFactor dual_factor, const Problem& problem, int threads)
+        : run_(kernels), dual_factor_(dual_factor), p_(problem), threads_(threads), grads_(make_gradients(problem)) {
+        const int64_t K = p_.num_blocks();
+        for (int64_t b = 0; b < K; ++b) {
+            fisher_.push_back(block_fisher(p_, grads_.values, b));
+            inverse_.push_back(inverse(fisher_.back(), length(b)));
+        }
+        state_.assign(K * area(), NOT_A_NUMBER);  // the padding of short blocks stays NaN: nothing may read it
+        for (int64_t b = 0; b < K; ++b)
+            for (int64_t i = 0; i < length(b); ++i)
+                for (int64_t j = 0; j < length(b); ++j)
+                    state_[b * area() + i * p_.block_size + j] = static_cast<T>(inverse_[b][i * length(b) + j]);
+        std::mt19937 random(p_.seed + 1);
+        for (int64_t q = 0; q < p_.num_weights; ++q) {
+            weight_.push_back(static_cast<T>(static_cast<double>(random() % 2001) / 1000 - 1));
+            mask_.push_back(random() % 3 != 0);
+        }
+    }
+
+    void everything() {
+        rank_updates();
+        accumulate();
+        invert();
+        diagonal_and_saliency();
+        matvec();
+        solve();
+        dual();
+    }
+
+   private:
+    static constexpr T NOT_A_NUMBER = std::numeric_limits<T>::quiet_NaN();
+    static constexpr double TOLERANCE = sizeof(T) == 4 ? 2e-4 : 1e-9;
+
+    int64_t length(int64_t b) const { return p_.range[2 * b + 1] - p_.range[2 * b]; }
+    int64_t area() const { return p_.block_size * p_.block_size; }
+    double m() const { return static_cast<double>(p_.num_grads); }
+    Dual dual_state(const std::vector<double>& factor) const { return {grads_.view(p_), factor.data(), DAMPING}; }
+
+    // Runs `kernel(out, threads)` on copies of `out`, with one thread and with several; both must agree to the bit.
+    template <class V, class F>
+    std::vector<V> twice(const std::vector<V>& out, const char* what, F kernel) const {
+        std::vector<V> one(out), many(out);
+        kernel(one.data(), 1);
+        kernel(many.data(), threads_);
+        if (!same_bits(one, many)) fail(std::string(what) + " depends on the number of threads", p_);
+        return one;
+    }
+
+    void expect_block(const std::vector<T>& state, int64_t b, const Matrix& want, const char* what) const {
+        for (int64_t i = 0; i < length(b); ++i)
+            expect_near(&state[b * area() + i * p_.block_size], &want[i * length(b)], length(b), TOLERANCE, what, p_);
+        for (int64_t i = 0; i < p_.block_size; ++i)
+            for (int64_t j = 0; j < p_.block_size; ++j)
+                if ((i >= length(b) || j >= length(b)) && !std::isnan(state[b * area() + i * p_.block_size + j]))
+                    fail(std::string(what) + " wrote into the padding", p_);
+    }
+
+    void rank_updates() const {
+        std::vector<T> start(state_);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b)
+            for (int64_t i = 0; i < length(b); ++i)
+                for (int64_t j = 0; j < length(b); ++j)
+                    start[b * area() + i * p_.block_size + j] = i == j ? static_cast<T>(1 / DAMPING) : T(0);
+        const auto by_steps = twice(start, "sherman_morrison", [&](T* f_inv, int threads) {
+            run_.sherman_morrison(f_inv, grads_.view(p_), p_.blocks(), m(), threads);
+        });
+        const auto at_once = twice(start, "woodbury", [&](T* f_inv, int threads) {
+            run_.woodbury(f_inv, grads_.view(p_), p_.blocks(), m(), threads);
+        });
+        for (int64_t b = 0; b < p_.num_blocks(); ++b) {
+            expect_block(by_steps, b, inverse_[b], "sherman_morrison");
+            expect_block(at_once, b, inverse_[b], "woodbury");
+        }
+        for (T& x : start) x = -x;  // a negative definite start makes the capacitance indefinite once k outweighs m
+        run_.woodbury(start.data(), grads_.view(p_), p_.blocks(), 1e-3, threads_);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b) {
+            double squares = 0;
+            for (int64_t q = p_.range[2 * b]; q < p_.range[2 * b + 1]; ++q)
+                squares += grads_.values[q] * grads_.values[q];
+            if (squares > 0 && !std::isnan(start[b * area()])) fail("woodbury kept an indefinite block", p_);
+        }
+    }
+
+    void accumulate() const {
+        std::vector<T> start(state_.size(), NOT_A_NUMBER);  // neither padding nor upper triangle may be touched
+        for (int64_t b = 0; b < p_.num_blocks(); ++b)
+            for (int64_t i = 0; i < length(b); ++i)
+                for (int64_t j = 0; j <= i; ++j)
+                    start[b * area() + i * p_.block_size + j] = i == j ? static_cast<T>(DAMPING) : T(0);
+        const auto got = twice(start, "fisher_accumulate", [&](T* fisher, int threads) {
+            run_.fisher_accumulate(fisher, grads_.view(p_), p_.blocks(), m(), threads);
+        });
+        for (int64_t b = 0; b < p_.num_blocks(); ++b)
+            for (int64_t i = 0; i < p_.block_size; ++i) {
+                const T* row = &got[b * area() + i * p_.block_size];
+                const int64_t valid = i < length(b) ? i + 1 : 0;
+                if (valid) expect_near(row, &fisher_[b][i * length(b)], valid, TOLERANCE, "fisher_accumulate", p_);
+                for (int64_t j = valid; j < p_.block_size; ++j)
+                    if (!std::isnan(row[j])) fail("fisher_accumulate wrote above the diagonal", p_);
+            }
+    }
+
+    // Blocks as the package hands them over: 1 on the diagonal of the padding, NaN above the diagonal everywhere.
+    std::vector<T> padded_fisher() const {
+        std::vector<T> matrix(state_.size(), NOT_A_NUMBER);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b)
+            for (int64_t i = 0; i < p_.block_size; ++i)
+                for (int64_t j = 0; j <= i; ++j)
+                    matrix[b * area() + i * p_.block_size + j] =
+                        i < length(b) ? static_cast<T>(fisher_[b][i * length(b) + j]) : static_cast<T>(i == j);
+        return matrix;
+    }
+
+    void invert() const {
+        const int64_t K = p_.num_blocks(), B = p_.block_size;
+        std::vector<double> condition(K);
+        const auto got = twice(padded_fisher(), "spd_inverse", [&](T* matrix, int threads) {
+            run_.spd_inverse(matrix, K, B, condition.data(), threads);
+        });
+        for (int64_t b = 0; b < K; ++b) {
+            for (int64_t i = 0; i < length(b); ++i)
+                expect_near(&got[b * area() + i * B], &inverse_[b][i * length(b)], length(b), TOLERANCE, "spd_inverse",
+                            p_);
+            const double norm = scaled_inverse_norm(fisher_[b], inverse_[b], length(b));
+            const double want = std::sqrt(norm * norm + static_cast<double>(B - length(b)));
+            expect_near(&condition[b], &want, 1, 1e-2, "condition of spd_inverse", p_);
+        }
+        std::vector<T> broken = padded_fisher();
+        for (int64_t b = 0; b < K; ++b) broken[b * area() + (length(b) - 1) * (B + 1)] = b % 2 ? T(-1) : NOT_A_NUMBER;
+        run_.spd_inverse(broken.data(), K, B, condition.data(), threads_);
+        for (int64_t b = 0; b < K; ++b)
+            if (!std::isinf(condition[b]) || !std::isnan(broken[b * area()]) ||
+                !std::isnan(broken[(b + 1) * area() - 1]))
+                fail("spd_inverse did not report a broken block", p_);
+    }
+
+    void expect_weights(const std::vector<T>& got, const Matrix& want, int64_t columns, const char* what) const {
+        for (int64_t b = 0; b < p_.num_blocks(); ++b) {
+            const int64_t at = p_.range[2 * b] * columns;
+            expect_near(&got[at], &want[at], length(b) * columns, TOLERANCE, what, p_);
+        }
+    }
+
+    void diagonal_and_saliency() const {
+        Matrix want(p_.num_weights, 0.0);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b)
+            for (int64_t i = 0; i < length(b); ++i) want[p_.range[2 * b] + i] = inverse_[b][i * (length(b) + 1)];
+        const std::vector<T> ones(p_.num_weights, T(1));
+        const auto diagonal = twice(ones, "inverse_diagonal", [&](T* out, int threads) {
+            run_.inverse_diagonal(out, state_.data(), p_.blocks(), threads);
+        });
+        expect_weights(diagonal, want, 1, "inverse_diagonal");
+        const auto saliency = twice(ones, "obs_saliency", [&](T* out, int threads) {
+            run_.obs_saliency(out, weight_.data(), diagonal.data(), p_.num_weights, threads);
+        });
+        for (int64_t q = 0; q < p_.num_weights; ++q)
+            want[q] = static_cast<double>(weight_[q]) * static_cast<double>(weight_[q]) /
+                      (2 * static_cast<double>(diagonal[q]));
+        expect_near(saliency.data(), want.data(), p_.num_weights, TOLERANCE, "obs_saliency", p_);
+    }
+
+    std::vector<T> right_hand_side() const {
+        std::vector<T> x;
+        for (int64_t c = 0; c < p_.columns; ++c) x.insert(x.end(), weight_.begin(), weight_.end());
+        return x;
+    }
+
+    Matrix applied(const std::vector<T>& x) const {
+        Matrix want(x.size(), 0.0);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b)
+            for (int64_t i = 0; i < length(b); ++i)
+                for (int64_t j = 0; j < length(b); ++j)
+                    for (int64_t c = 0; c < p_.columns; ++c)
+                        want[(p_.range[2 * b] + i) * p_.columns + c] +=
+                            inverse_[b][i * length(b) + j] *
+                            static_cast<double>(x[(p_.range[2 * b] + j) * p_.columns + c]);
+        return want;
+    }
+
+    void matvec() const {
+        const std::vector<T> x = right_hand_side();
+        const auto got = twice(std::vector<T>(x.size(), NOT_A_NUMBER), "block_matvec", [&](T* out, int threads) {
+            run_.block_matvec(out, x.data(), p_.columns, state_.data(), p_.blocks(), threads);
+        });
+        expect_weights(got, applied(x), p_.columns, "block_matvec");
+    }
+
+    // w_Q = 0 and the kept weights at the minimum of (w' - w)^T F (w' - w): w'_R = w_R + F_RR^-1 F_RQ w_Q.
+    Matrix pruned() const {
+        Matrix want(weight_.begin(), weight_.end());
+        for (int64_t b = 0; b < p_.num_blocks(); ++b) {
+            const int64_t start = p_.range[2 * b], n = length(b);
+            std::vector<int64_t> kept;
+            for (int64_t i = 0; i < n; ++i)
+                if (mask_[start + i]) kept.push_back(i);
+            const int64_t r = static_cast<int64_t>(kept.size());
+            Matrix part(r * r), pull(r, 0.0);
+            for (int64_t i = 0; i < r; ++i) {
+                for (int64_t j = 0; j < r; ++j) part[i * r + j] = fisher_[b][kept[i] * n + kept[j]];
+                for (int64_t q = 0; q < n; ++q)
+                    if (!mask_[start + q])
+                        pull[i] += fisher_[b][kept[i] * n + q] * static_cast<double>(weight_[start + q]);
+            }
+            part = inverse(part, r);
+            for (int64_t q = 0; q < n; ++q)
+                if (!mask_[start + q]) want[start + q] = 0;
+            for (int64_t i = 0; i < r; ++i)
+                for (int64_t j = 0; j < r; ++j) want[start + kept[i]] += part[i * r + j] * pull[j];
+        }
+        return want;
+    }
+
+    void expect_pruned(const std::vector<T>& got, const std::vector<uint8_t>& failed, const char* what) const {
+        expect_weights(got, pruned(), 1, what);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b) {
+            if (failed[b]) fail(std::string(what) + " gave up a sound block", p_);
+            for (int64_t q = p_.range[2 * b]; q < p_.range[2 * b + 1]; ++q)
+                if (!mask_[q] && got[q] != 0) fail(std::string(what) + " left a removed weight", p_);
+        }
+    }
+
+    void solve() const {
+        std::vector<uint8_t> failed(p_.num_blocks(), 2);
+        const auto got = twice(weight_, "obs_solve", [&](T* weight, int threads) {
+            run_.obs_solve(weight, state_.data(), p_.blocks(), mask_.data(), failed.data(), threads);
+        });
+        expect_pruned(got, failed, "obs_solve");
+
+        std::vector<T> negative(state_), weight(weight_);
+        for (T& x : negative) x = -x;
+        run_.obs_solve(weight.data(), negative.data(), p_.blocks(), mask_.data(), failed.data(), threads_);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b) {
+            bool any = false;
+            for (int64_t q = p_.range[2 * b]; q < p_.range[2 * b + 1]; ++q) any |= !mask_[q];
+            if (failed[b] != static_cast<uint8_t>(any)) fail("obs_solve did not report a broken block", p_);
+        }
+        if (!same_bits(weight, weight_)) fail("obs_solve changed the weights of a broken block", p_);
+    }
+
+    void dual() const {
+        const int64_t K = p_.num_blocks(), k = p_.num_grads;
+        std::vector<double> condition(K);
+        const std::vector<double> poison(K * k * k, std::numeric_limits<double>::quiet_NaN());
+        const auto factor = twice(poison, "dual_factor", [&](double* out, int threads) {
+            dual_factor_(out, grads_.view(p_), p_.blocks(), m(), DAMPING, condition.data(), threads);
+        });
+        for (int64_t b = 0; b < K; ++b) expect_factor(&factor[b * k * k], condition[b], b);
+
+        const std::vector<T> ones(p_.num_weights, T(1));
+        const auto diagonal = twice(ones, "inverse_diagonal_dual", [&](T* out, int threads) {
+            run_.inverse_diagonal_dual(out, dual_state(factor), p_.blocks(), threads);
+        });
+        for (int64_t b = 0; b < K; ++b)
+            for (int64_t i = 0; i < length(b); ++i)
+                expect_near(&diagonal[p_.range[2 * b] + i], &inverse_[b][i * (length(b) + 1)], 1, TOLERANCE,
+                            "inverse_diagonal_dual", p_);
+
+        const std::vector<T> x = right_hand_side();
+        const auto product =
+            twice(std::vector<T>(x.size(), NOT_A_NUMBER), "block_matvec_dual", [&](T* out, int threads) {
+                run_.block_matvec_dual(out, x.data(), p_.columns, dual_state(factor), p_.blocks(), threads);
+            });
+        expect_weights(product, applied(x), p_.columns, "block_matvec_dual");
+
+        std::vector<uint8_t> failed(K, 2);
+        const auto weight = twice(weight_, "obs_solve_dual", [&](T* out, int threads) {
+            run_.obs_solve_dual(out, grads_.view(p_), p_.blocks(), m(), DAMPING, mask_.data(), failed.data(), threads);
+        });
+        expect_pruned(weight, failed, "obs_solve_dual");
+    }
+
+    // U^T U must give back m lambda I + G G^T, and the estimate must lie between ||A^-1||_2 / 4 and ||A^-1||_F.
+    void expect_factor(const double* factor, double condition, int64_t b) const {
+        const int64_t k = p_.num_grads;
+        Matrix gram(k * k), back(k * k, 0.0);
+        for (int64_t i = 0; i < k; ++i)
+            for (int64_t j = 0; j < k; ++j) {
+                double sum = i == j ? m() * DAMPING : 0;
+                for (int64_t q = p_.range[2 * b]; q < p_.range[2 * b + 1]; ++q)
+                    sum += grads_.values[i * p_.num_weights + q] * grads_.values[j * p_.num_weights + q];
+                gram[i * k + j] = sum;
+                for (int64_t a = 0; a <= std::min(i, j); ++a) back[i * k + j] += factor[a * k + i] * factor[a * k + j];
+                if (j < i && factor[i * k + j] != 0) fail("dual_factor left something below the diagonal", p_);
+            }
+        expect_near(back.data(), gram.data(), k * k, 1e-12, "dual_factor", p_);
+        const double norm = scaled_inverse_norm(gram, inverse(gram, k), k);  // >= ||A^-1||_2 >= norm / sqrt(k)
+        if (!(condition <= norm * 1.0001 && condition >= norm / std::sqrt(static_cast<double>(k)) / 4))
+            fail("condition of dual_factor is " + std::to_string(condition) + ", the norm " + std::to_string(norm), p_);
+    }
+
+    const Kernels<T>& run_;
+    ff::DualFactor dual_factor_;
+    const Problem& p_;
+    int threads_;
+    StoredGradients grads_;
+    std::vector<Matrix> fisher_, inverse_;  // of each block, damping included
+    std::vector<T> state_, weight_;
+    std::vector<uint8_t> mask_;
+};
+
+// Every kernel of every instruction set this machine runs, in both precisions, on one problem.
+inline void everywhere(const Problem& p, int threads) {
+    for (const char* const* isa = ff::available_isas(); *isa; ++isa) {
+        const KernelTable& table = *ff::kernel_table(*isa);
+        Checker<float>(table.f32, table.dual_factor, p, threads).everything();
+        Checker<double>(table.f64, table.dual_factor, p, threads).everything();
+    }
+}
+
+}  // namespace check
