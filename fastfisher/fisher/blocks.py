@@ -1,7 +1,8 @@
-"""Which weights share a block: the map between named parameter tensors, the flat vector [d], and blocks of it.
+"""Which weights share a block: the map between named parameter tensors, the flat vector [d], and blocks of
+it.
 
-A block is a range of the flat vector.  It never crosses a parameter tensor, so the last block of a tensor may be
-short; with `block_size=None` the whole network is one block.
+A block is a range of the flat vector.  It never crosses a parameter tensor, so the last block of a tensor may
+be short; with `block_size=None` the whole network is one block.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ class BlockLayout:
     parameter_ranges: dict[str, tuple[int, int]]
     blocks: Tensor  # int64 [K, 2], start and stop of each block
 
-    def __init__(
-        self, names: Sequence[str], shapes: Sequence[Sequence[int]], block_size: int | None
-    ) -> None:
+    def __init__(self, names: Sequence[str], shapes: Sequence[Sequence[int]], block_size: int | None) -> None:
         if len(names) != len(shapes) or not names:
             raise FastFisherError(f"names and shapes must pair up, got {len(names)} and {len(shapes)}")
         if len(set(names)) < len(names):
@@ -100,9 +99,7 @@ class BlockLayout:
         pieces = []
         for name, shape in zip(self.names, self.shapes, strict=True):
             if tensors[name].shape != lead + shape:
-                raise FastFisherError(
-                    f"{name} must be {[*lead, *shape]}, got {list(tensors[name].shape)}"
-                )
+                raise FastFisherError(f"{name} must be {[*lead, *shape]}, got {list(tensors[name].shape)}")
             pieces.append(tensors[name].reshape(*lead, shape.numel()))
         return torch.cat(pieces, dim=-1)
 

@@ -1,0 +1,482 @@
+"""The inverse empirical Fisher F⁻¹ = (λ I + (1/m) Σ g gᵀ)⁻¹ in blocks: one interface, whatever form lies behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfisher import ops
+from fastfisher.errors import FastFisherError, FisherError
+from fastfisher.fisher import parts as _parts
+from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.parts import Part
+
+FORMS = ("auto", "primal", "dual", "rank1", "woodbury")
+DAMPING_MODES = ("absolute", "relative")
+UPDATES = ("sum", "joint")
+_TILE = 4096
+
+
+class FisherInverse:
+    """F⁻¹ of every block, ready for diagonals, products, saliencies and updates.  Made by `from_grads` or an
+    accumulator.
+
+    layout: the blocks.   form: "primal", "dual", "rank1" or "woodbury", as it was built.   damping: λ,
+    absolute.
+    num_grads: m.   condition: float64 [K], ‖A⁻¹‖ of the diagonally scaled matrix behind each block, NaN where
+    none exists.
+    dtype: of diagonals and of primal states; mended blocks are float64.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        parts: Sequence[Part],
+        *,
+        form: str,
+        damping: float,
+        num_grads: int,
+        condition: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        self.layout = layout
+        self.parts = list(parts)
+        self.form = form
+        self.damping = damping
+        self.num_grads = num_grads
+        self.condition = condition
+        self.dtype = dtype
+        self._diagonal: Tensor | None = None
+
+    @classmethod
+    def from_grads(
+        cls,
+        grads: Tensor | Mapping[str, Tensor],
+        *,
+        block_size: int | None,
+        damping: float,
+        damping_mode: str = "absolute",
+        num_grads: int | None = None,
+        form: str = "auto",
+        sizes: Sequence[int] | None = None,
+    ) -> FisherInverse:
+        """F⁻¹ of F = λ I + (1/m) Σ g gᵀ in blocks of B weights, from all gradients at once.
+
+        grads: [k, d] float16/bfloat16/float32/float64 with unit inner stride, or named tensors [k, *shape].
+        block_size: B; None makes one block over everything.
+        damping: λ itself, or with damping_mode="relative" λ over the mean of the Fisher diagonal.
+        num_grads: m, the divisor, when these are not all gradients; default k.
+        form: "auto" takes "primal" for k >= B and "dual" below; "rank1" and "woodbury" update a running
+        inverse.
+        sizes: of the parameter tensors that [k, d] consists of; no block crosses one.   Default: one tensor.
+        Raises FastFisherError on wrong input, FisherError where float64 cannot hold a block.
+        Source: WoodFisher, eqs. 3.1 to 3.5.
+        """
+        layout, flat, own = _flat_grads(grads, block_size, sizes)
+        m = flat.shape[0] if num_grads is None else num_grads
+        _check_options(damping, damping_mode, form)
+        if m < flat.shape[0]:
+            raise FastFisherError(f"num_grads must be at least the {flat.shape[0]} rows of grads, got {m}")
+        form = choose_form(form, flat.shape[0], layout.block_size)
+        if damping_mode == "relative":
+            damping = _absolute(damping, sum_of_squares(flat) / (m * layout.num_weights))
+        dtype = _parts.state_dtype(flat.dtype)
+        if form == "dual":
+            state = flat if own else flat.clone(memory_format=torch.contiguous_format)
+            parts, condition = _parts.dual_parts(state, layout, num_grads=m, damping=damping)
+        elif form == "primal":
+            source = _parts.gram_source(flat, layout, m)
+            parts, condition = _parts.primal_parts(
+                source, layout, num_grads=m, damping=damping, dtype=dtype, device=flat.device
+            )
+        else:
+            parts, condition = _parts.running_parts(flat, layout, form=form, num_grads=m, damping=damping)
+        return cls(layout, parts, form=form, damping=damping, num_grads=m, condition=condition, dtype=dtype)
+
+    @property
+    def block_size(self) -> int:
+        """B, the size of the largest block allowed."""
+        return self.layout.block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return self.layout.num_blocks
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lies."""
+        return self.parts[0].state.device
+
+    @property
+    def num_mended(self) -> int:
+        """How many blocks float32 could not hold, so that they are kept in float64."""
+        if self.dtype == torch.float64:
+            return 0
+        return sum(
+            len(part.block_ids)
+            for part in self.parts
+            if part.kind == "primal" and part.state.dtype != self.dtype
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"FisherInverse({self.layout.num_weights} weights, {self.num_blocks} blocks of up to {self.block_size}, "
+            f"form={self.form!r}, num_grads={self.num_grads}, damping={self.damping:g}, mended={self.num_mended})"
+        )
+
+    def diag(self) -> Tensor:
+        """The diagonal of F⁻¹, a new [d] in the dtype of the inverse."""
+        return self._inv_diag().clone()
+
+    def mul(self, v: Tensor | Mapping[str, Tensor]) -> Any:
+        """F⁻¹ v, new.
+
+        v: [d], [d, n], or named tensors of the layout's shapes; the result has the same form.  float32 and
+        float64 are kept, half precision comes back as float32.   Raises FastFisherError on another shape,
+        dtype or device.
+        """
+        if isinstance(v, Mapping):
+            return self.layout.unflatten(self.mul(self.layout.flatten(v)))
+        if v.ndim not in (1, 2) or v.shape[0] != self.layout.num_weights or v.numel() == 0:
+            raise FastFisherError(
+                f"v must be [{self.layout.num_weights}] or [{self.layout.num_weights}, n], got {list(v.shape)}"
+            )
+        if not v.is_floating_point():
+            raise FastFisherError(f"v must be of a float dtype, got {v.dtype}")
+        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+        x = v.detach().to(wide).reshape(self.layout.num_weights, -1).contiguous()  # [d, n]
+        out = torch.empty_like(x)
+        for part in self.parts:
+            ops.block_matvec(part.state, part.blocks, x, out=out, factor=part.factor, damping=self.damping)
+        return out.reshape(v.shape)
+
+    def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Any:
+        """F⁻¹ @ v, the same as `mul`."""
+        return self.mul(v)
+
+    def saliency(self, weight: Tensor) -> Tensor:
+        """ρ = w² / (2 diag F⁻¹), what removing each weight alone costs.   weight: [d] float32/float64;
+        returns the like.
+
+        Source: WoodFisher, eq. 2.13.
+        """
+        self._check_weight(weight)
+        out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        ops.obs_saliency(weight.detach().contiguous(), self._inv_diag(), out=out)
+        return out
+
+    def prune_update(self, weight: Tensor, mask: Tensor, update: str = "sum") -> Tensor:
+        """The weights after removing those outside the mask and correcting the others; new, exactly 0
+        outside.
+
+        weight: [d] float32/float64, left as it is.   mask: bool [d], True = keep.
+        update: "sum" adds the corrections of all removed weights (the paper's), "joint" minimises the
+        quadratic model.
+        Raises FastFisherError on wrong input, FisherError where a joint solve breaks down.
+        Source: WoodFisher, eq. 2.11 and section 2.2.
+        """
+        self._check_weight(weight)
+        if update not in UPDATES:
+            raise FastFisherError(f"update must be one of {', '.join(UPDATES)}, got {update!r}")
+        pruned = weight.detach().clone(memory_format=torch.contiguous_format)
+        for part in self.parts:
+            if update == "sum":
+                ops.obs_update_(
+                    pruned,
+                    part.state,
+                    part.blocks,
+                    self._inv_diag(),
+                    mask,
+                    factor=part.factor,
+                    damping=self.damping,
+                )
+            else:
+                self._solve(pruned, part, mask)
+        return pruned
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `from_state_dict` needs: tensors, numbers and names that torch.load(weights_only=True) reads."""
+        return {
+            "names": list(self.layout.names),
+            "shapes": [list(shape) for shape in self.layout.shapes],
+            "block_size": None if self.layout.single_block else self.layout.block_size,
+            "form": self.form,
+            "damping": self.damping,
+            "num_grads": self.num_grads,
+            "condition": self.condition,
+            "dtype": self.dtype,
+            "parts": [
+                {
+                    "state": _without_slack(part.state),
+                    "factor": part.factor,
+                    "blocks": part.blocks,
+                    "block_ids": part.block_ids,
+                }
+                for part in self.parts
+            ],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> FisherInverse:
+        """The inverse that `state_dict` described; the tensors are shared, not copied."""
+        return cls(
+            BlockLayout(state["names"], state["shapes"], state["block_size"]),
+            [Part(**part) for part in state["parts"]],
+            form=state["form"],
+            damping=state["damping"],
+            num_grads=state["num_grads"],
+            condition=state["condition"],
+            dtype=state["dtype"],
+        )
+
+    def _inv_diag(self) -> Tensor:
+        """The diagonal [d], computed once."""
+        if self._diagonal is None:
+            diagonal = torch.empty(self.layout.num_weights, dtype=self.dtype, device=self.device)
+            for part in self.parts:
+                ops.inverse_diagonal(
+                    part.state, part.blocks, out=diagonal, factor=part.factor, damping=self.damping
+                )
+            self._diagonal = diagonal
+        return self._diagonal
+
+    def _solve(self, weight: Tensor, part: Part, mask: Tensor) -> None:
+        failed = torch.empty(len(part.blocks), dtype=torch.bool, device=weight.device)
+        ops.obs_solve_(
+            weight,
+            part.state,
+            part.blocks,
+            mask,
+            failed,
+            num_grads=self.num_grads,
+            factor=part.factor,
+            damping=self.damping,
+        )
+        if failed.any():
+            b = int(part.block_ids[failed.nonzero()[0].cpu()])
+            raise FisherError(
+                f"the joint update of {self.layout.describe_block(b)} (block {b} of {self.num_blocks}) breaks down in "
+                f"float64 at damping={self.damping:g}; use update='sum' or a larger damping"
+            )
+
+    def _check_weight(self, weight: Tensor) -> None:
+        if weight.shape != (self.layout.num_weights,):
+            raise FastFisherError(f"weight must be [{self.layout.num_weights}], got {list(weight.shape)}")
+
+
+class FisherAccumulator:
+    """Gathers gradients as they come and makes the inverse at the end, in the form that suits their number.
+
+    layout: the blocks.   num_grads: m, how many gradients will come.   damping, damping_mode, form: as in
+    `from_grads`.
+    dtype: in which the primal form adds up; float64 lets a block be mended when no gradient is at hand any
+    more. The dual form keeps the gradients [m, d] in the dtype of the first that come; the other forms keep
+    [K, B, B]. "rank1" and "woodbury" keep the inverse valid all the time and cannot be mended: they raise
+    where float32 breaks down.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        *,
+        num_grads: int,
+        damping: float,
+        damping_mode: str = "absolute",
+        form: str = "auto",
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        if num_grads < 1:
+            raise FastFisherError(f"num_grads must be at least 1, got {num_grads}")
+        _check_options(damping, damping_mode, form)
+        self.form = choose_form(form, num_grads, layout.block_size)
+        if self.form in ("rank1", "woodbury") and damping_mode == "relative":
+            raise FastFisherError(
+                f"damping_mode='relative' is known after the last gradient only, form={form!r} needs it before the first"
+            )
+        if dtype not in (torch.float32, torch.float64):
+            raise FastFisherError(f"dtype must be float32 or float64, got {dtype}")
+        self.layout = layout
+        self.num_grads = num_grads
+        self.count = 0
+        self._damping = damping
+        self._damping_mode = damping_mode
+        self._dtype = dtype
+        self._grads_dtype: torch.dtype | None = None
+        self._states: list[Tensor] = []  # per group of blocks [g, B, B]; the dual form: one [m, d]
+        self._blocks: list[Tensor] = []  # per group of blocks, their ranges [g, 2]
+        self._probe: _parts.Probe | None = None
+        self._squares = 0.0
+
+    def add(self, grads: Tensor) -> None:
+        """Take k gradients in.   grads: [k, d] of any float dtype, unit inner stride; the same dtype in every
+        call.
+
+        Raises FastFisherError on a wrong shape, dtype or device, and when more than num_grads rows arrive.
+        """
+        if grads.ndim != 2 or grads.shape[1] != self.layout.num_weights:
+            raise FastFisherError(f"grads must be [k, {self.layout.num_weights}], got {list(grads.shape)}")
+        if self.count + grads.shape[0] > self.num_grads:
+            raise FastFisherError(
+                f"num_grads={self.num_grads} were announced, got {self.count + grads.shape[0]} so far"
+            )
+        if self._grads_dtype not in (None, grads.dtype):
+            raise FastFisherError(f"grads must be {self._grads_dtype} as before, got {grads.dtype}")
+        if grads.shape[0] == 0:
+            return
+        grads = grads.detach()
+        if not self._states:
+            self._allocate(grads)
+        if self._damping_mode == "relative":
+            self._squares += sum_of_squares(grads)
+        if self.form == "dual":
+            self._states[0][self.count : self.count + grads.shape[0]] = grads
+        elif self.form == "primal":
+            for fisher, blocks in zip(self._states, self._blocks, strict=True):
+                ops.fisher_accumulate_(fisher, grads, blocks, self.num_grads)
+        else:
+            assert self._probe is not None
+            self._probe.add(grads, self.num_grads)
+            for f_inv, blocks in zip(self._states, self._blocks, strict=True):
+                _parts.running_step(self.form, f_inv, grads, blocks, self.num_grads)
+        self.count += grads.shape[0]
+
+    def finish(self) -> FisherInverse:
+        """The inverse; the accumulator is empty afterwards.
+
+        Raises FastFisherError when fewer than num_grads gradients have come, FisherError where a block breaks
+        down.
+        """
+        if self.count < self.num_grads:
+            raise FastFisherError(f"num_grads={self.num_grads} were announced, got only {self.count}")
+        assert self._grads_dtype is not None
+        damping = self._damping
+        if self._damping_mode == "relative":
+            damping = _absolute(damping, self._squares / (self.num_grads * self.layout.num_weights))
+        dtype = _parts.state_dtype(self._grads_dtype)
+        states, self._states, self.count = self._states, [], 0
+        if self.form == "dual":
+            parts, condition = _parts.dual_parts(
+                states[0], self.layout, num_grads=self.num_grads, damping=damping
+            )
+        elif self.form == "primal":
+            device = states[0].device
+            source = _parts.stored_source(states, self.layout)
+            parts, condition = _parts.primal_parts(
+                source, self.layout, num_grads=self.num_grads, damping=damping, dtype=dtype, device=device
+            )
+        else:
+            parts = self._proved(states, damping)
+            condition = torch.full((self.layout.num_blocks,), torch.nan, dtype=torch.float64)
+        return FisherInverse(
+            self.layout,
+            parts,
+            form=self.form,
+            damping=damping,
+            num_grads=self.num_grads,
+            condition=condition,
+            dtype=dtype,
+        )
+
+    def _allocate(self, grads: Tensor) -> None:
+        """Make the states on the device of the first gradients."""
+        if not grads.is_floating_point():
+            raise FastFisherError(f"grads must be of a float dtype, got {grads.dtype}")
+        self._grads_dtype = grads.dtype
+        if self.form == "dual":
+            self._states = [grads.new_empty(self.num_grads, self.layout.num_weights)]
+            return
+        running = self.form != "primal"
+        dtype = _parts.state_dtype(grads.dtype) if running else self._dtype
+        size = self.layout.block_size
+        blocks = self.layout.blocks.to(grads.device)
+        for first, last in _parts.groups(self.layout, dtype):
+            state = torch.zeros(last - first, size, size, dtype=dtype, device=grads.device)
+            if running:
+                _parts.start_from_damping(state, self._damping)
+            self._states.append(state)
+            self._blocks.append(blocks[first:last])
+        if running:
+            self._probe = _parts.Probe(self.layout, grads.device)
+
+    def _proved(self, states: list[Tensor], damping: float) -> list[Part]:
+        """The running inverses as parts, after each block passed the probe."""
+        assert self._probe is not None
+        parts = []
+        first = 0
+        for state, blocks in zip(states, self._blocks, strict=True):
+            good = self._probe.passes(state, blocks, damping)
+            if not good.all():
+                b = first + int((~good).nonzero()[0])
+                raise FisherError(
+                    f"the running inverse of {self.layout.describe_block(b)} (block {b} of {self.layout.num_blocks}) "
+                    f"lost its accuracy in {state.dtype} at damping={damping:g}; use form='auto' or float64 gradients"
+                )
+            parts.append(Part(state, None, blocks, _parts.block_ids(first, first + len(blocks))))
+            first += len(blocks)
+        return parts
+
+
+def choose_form(form: str, num_rows: int, block_size: int) -> str:
+    """The form that is both faster and more accurate: "primal" where k >= B, else "dual"; another wish is granted."""
+    if form != "auto":
+        return form
+    return "primal" if num_rows >= block_size else "dual"
+
+
+def sum_of_squares(grads: Tensor) -> float:
+    """Σ g² in float64, in an order that does not depend on the number of threads.   grads: [k, d]."""
+    total = torch.zeros((), dtype=torch.float64, device=grads.device)
+    for first in range(0, grads.shape[1], _TILE):
+        squares = grads[:, first : first + _TILE].double().square()
+        # cumsum adds one by one; a plain sum would be cut into as many pieces as there are threads
+        total += squares.sum(dim=0).cumsum(dim=0)[-1]
+    return float(total)
+
+
+def _absolute(damping: float, mean_diagonal: float) -> float:
+    """λ from its ratio to the mean of the Fisher diagonal."""
+    if not (mean_diagonal > 0 and math.isfinite(mean_diagonal)):
+        raise FastFisherError(
+            f"damping_mode='relative' needs a positive, finite mean Fisher diagonal, got {mean_diagonal:g}"
+        )
+    return damping * mean_diagonal
+
+
+def _check_options(damping: float, damping_mode: str, form: str) -> None:
+    if not (damping > 0 and math.isfinite(damping)):
+        raise FastFisherError(f"damping must be positive and finite, got {damping}")
+    if damping_mode not in DAMPING_MODES:
+        raise FastFisherError(f"damping_mode must be one of {', '.join(DAMPING_MODES)}, got {damping_mode!r}")
+    if form not in FORMS:
+        raise FastFisherError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+
+
+def _flat_grads(
+    grads: Tensor | Mapping[str, Tensor], block_size: int | None, sizes: Sequence[int] | None
+) -> tuple[BlockLayout, Tensor, bool]:
+    """The layout, the gradients [k, d], and whether they are a copy that may be kept."""
+    if isinstance(grads, Mapping):
+        if sizes is not None:
+            raise FastFisherError(f"sizes go with grads [k, d], got them with a dict of {len(grads)} tensors")
+        for name, tensor in grads.items():
+            if tensor.ndim < 1 or tensor.numel() == 0:
+                raise FastFisherError(f"grads[{name!r}] must be [k, *shape], got {list(tensor.shape)}")
+        layout = BlockLayout(list(grads), [tensor.shape[1:] for tensor in grads.values()], block_size)
+        return layout, layout.flatten({name: tensor.detach() for name, tensor in grads.items()}), True
+    if grads.ndim != 2 or grads.numel() == 0:
+        raise FastFisherError(f"grads must be [k, d] with every size at least 1, got {list(grads.shape)}")
+    layout = BlockLayout.from_sizes([grads.shape[1]] if sizes is None else sizes, block_size)
+    if layout.num_weights != grads.shape[1]:
+        raise FastFisherError(f"sizes must add up to d={grads.shape[1]}, got {layout.num_weights}")
+    return layout, grads.detach(), False
+
+
+def _without_slack(state: Tensor) -> Tensor:
+    """The state alone: a view would be saved with the whole buffer behind it."""
+    needed = state.numel() * state.element_size()
+    return state if state.untyped_storage().nbytes() == needed else state.clone()
