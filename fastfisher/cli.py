@@ -1,0 +1,429 @@
+"""The command line: `fastfisher prune | plan | eval | report | doctor`.
+
+Models and data are named `package.module:function`; the function takes no arguments and returns the nn.Module, or an
+iterable of batches.  Flags and the keys of a --config file are the keyword arguments of the Python call; a flag wins
+over the file.  torch is imported inside the verbs only, so that --help stays quick.  Tables go to standard output,
+progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastfisher import environment
+from fastfisher.errors import FastFisherError, FisherError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise SystemExit(f"the command line needs {error.name}: pip install 'fastfisher[cli]'") from None
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastfisher.report import Report
+
+OK, UNEXPECTED, BAD_INPUT, NUMERICAL, NO_MEMORY, PROBLEM = range(6)
+
+EXIT_CODES = (
+    f"Exit codes: {OK} done; {UNEXPECTED} unexpected error (with its traceback); {BAD_INPUT} bad input; "
+    f"{NUMERICAL} the arithmetic broke down; {NO_MEMORY} does not fit in memory; {PROBLEM} doctor found a problem."
+)
+# What only the command line has, beside the keyword arguments of the Python call.
+OWN_KEYS = ("model", "data", "weights", "out")
+# Keys that name a function to be handed over as it is, rather than called for its result.
+FUNCTIONS = ("loss_fn", "eval_fn")
+NUMBERS = ("sparsity", "damping")
+
+app = typer.Typer(
+    help="Prune PyTorch networks by second-order information.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str | None, typer.Argument(help="package.module:function that returns the nn.Module.")]
+Data = Annotated[
+    str | None, typer.Argument(help="package.module:function that returns an iterable of batches.")
+]
+Config = Annotated[Path | None, typer.Option(help="YAML file with the keys of the Python call.")]
+Sparsity = Annotated[float | None, typer.Option(help="Fraction of the weights to set to zero, such as 0.9.")]
+Method = Annotated[str | None, typer.Option(help="woodfisher, diagonal or magnitude.")]
+Scope = Annotated[str | None, typer.Option(help="global or layer.")]
+BlockSize = Annotated[str | None, typer.Option(help="Weights in a Fisher block, or 'all' for one block.")]
+NumGrads = Annotated[int | None, typer.Option(help="Gradients in the Fisher estimate.")]
+Damping = Annotated[float | None, typer.Option(help="Added to the diagonal of the Fisher.")]
+DampingMode = Annotated[str | None, typer.Option(help="absolute, or relative to the mean diagonal.")]
+Update = Annotated[str | None, typer.Option(help="Of the kept weights: joint, sum or none.")]
+EvalFn = Annotated[
+    str | None, typer.Option(help="package.module:function(model) -> score or dict of scores.")
+]
+Weights = Annotated[Path | None, typer.Option(help="safetensors file to load into the model first.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the report, its plot, and model.safetensors.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the random generators.")]
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn errors of bad input, arithmetic and memory into one line and an exit code; others keep their traceback."""
+    try:
+        yield
+    except FisherError as error:
+        leave(error, NUMERICAL)
+    except MemoryError as error:
+        leave(error, NO_MEMORY)
+    except FastFisherError as error:
+        leave(error, BAD_INPUT)
+    except RuntimeError as error:
+        # torch's error of a full GPU, by name: torch may not have been imported
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        leave(error, NO_MEMORY)
+
+
+def leave(error: BaseException, code: int) -> None:
+    typer.echo(f"fastfisher: {error or type(error).__name__}", err=True)
+    raise typer.Exit(code) from error
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of an error message that lists the names most like `name`; empty where none is."""
+    close = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.3)
+    return f" Closest: {', '.join(map(repr, close))}." if close else ""
+
+
+def load(spec: object, key: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names.  Raises FastFisherError where it cannot be had."""
+    module_name, colon, name = str(spec).partition(":")
+    if not (module_name and colon and name):
+        raise FastFisherError(f"{key} must be package.module:function, got {spec!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise FastFisherError(f"{key}={spec!r}: {module_name} cannot be imported: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [other for other, value in vars(module).items() if callable(value)]
+        raise FastFisherError(
+            f"{key}={spec!r}: {module_name} has no function {name!r}.{nearest(name, public)}"
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.  Raises FastFisherError unless it is one mapping."""
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise FastFisherError("--config needs pyyaml: pip install 'fastfisher[cli]'") from None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FastFisherError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise FastFisherError(f"--config {path} must hold keys and values, got {type(content).__name__}")
+    # YAML reads 1e-5 as a text because it lacks a dot.
+    return {key: number(value) if key in NUMBERS else value for key, value in content.items()}
+
+
+def number(value: object) -> object:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def gather(call: Callable[..., Any], config: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a verb: file, then flags.  One file serves every verb, so keys of prune that `call` lacks are left.
+
+    Raises FastFisherError on a key that no verb has, with the nearest names.
+    """
+    import fastfisher as ff
+
+    given = read_config(config) if config else {}
+    accepted = {*inspect.signature(call).parameters, *OWN_KEYS} - {"progress"}
+    known = {*inspect.signature(ff.prune).parameters, *OWN_KEYS} - {"progress"}
+    for key in given:
+        if key not in known:
+            raise FastFisherError(f"unknown key {key!r} in {config}.{nearest(str(key), known)}")
+    given = {key: value for key, value in given.items() if key in accepted}
+    given |= {key: value for key, value in flags.items() if value is not None and key in accepted}
+    for key, word in (("block_size", "all"), ("update", "none")):
+        if given.get(key) == word:
+            given[key] = None
+    if isinstance(given.get("block_size"), str):
+        if not given["block_size"].isdecimal():
+            raise FastFisherError(f"block_size must be a whole number or 'all', got {given['block_size']!r}")
+        given["block_size"] = int(given["block_size"])
+    for key in FUNCTIONS:
+        if given.get(key) is not None:
+            given[key] = load(given[key], key)
+    missing = [key for key in ("model", "sparsity") if key in accepted and given.get(key) is None]
+    if missing:
+        raise FastFisherError(f"{missing[0]} is missing: give it on the command line or in the --config file")
+    return given
+
+
+def build_model(given: dict[str, Any]) -> nn.Module:
+    """Call the model's function and load its weights; takes both keys out of `given`."""
+    from torch import nn
+
+    spec, weights = given.pop("model"), given.pop("weights", None)
+    model = load(spec, "model")()
+    if not isinstance(model, nn.Module):
+        raise FastFisherError(f"model={spec!r} must return an nn.Module, got {type(model).__name__}")
+    if weights is not None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_model
+
+        try:
+            load_model(model, weights)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise FastFisherError(
+                f"--weights {weights} does not load: {' '.join(str(error).split())}"
+            ) from error
+    return model
+
+
+def build_data(given: dict[str, Any]) -> Iterable[Any] | None:
+    spec = given.pop("data", None)
+    return None if spec is None else load(spec, "data")()
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per phase on standard error, as the `progress` argument of prune; silent where that is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield update
+
+
+def table(title: str, *columns: str, rows: Iterable[Iterable[object]]) -> None:
+    """Print a table to standard output; the first column is flush left, the others flush right."""
+    out = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        out.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        out.add_row(*map(str, row))
+    Console().print(out)
+
+
+def scores(result: Any) -> dict[str, float]:
+    if result is None:
+        return {}
+    return dict(result) if isinstance(result, Mapping) else {"score": float(result)}
+
+
+def show(report: Report) -> None:
+    """Print a report as tables: the layers, the scores beside dense and magnitude, and what the run cost."""
+    rows = [
+        (
+            layer.name,
+            "x".join(map(str, layer.shape)),
+            f"{layer.weights:,}",
+            f"{layer.zeros:,}",
+            f"{layer.sparsity:.2%}",
+        )
+        for layer in report.layers
+    ]
+    total = f"{report.num_zeros / report.num_weights:.2%}"
+    rows.append(("all", "", f"{report.num_weights:,}", f"{report.num_zeros:,}", total))
+    table(
+        f"{report.method}, {report.scope} scope", "layer", "shape", "weights", "zeros", "sparsity", rows=rows
+    )
+    results = [scores(result) for result in (report.dense, report.control, report.pruned)]
+    if any(results):
+        keys = dict.fromkeys(key for result in results for key in result)
+        lines = [
+            (key, *(f"{result[key]:.4f}" if key in result else "-" for result in results)) for key in keys
+        ]
+        table("scores", "", "dense", "magnitude", "pruned", rows=lines)
+    if report.measured_change is not None:
+        predicted = "" if report.predicted_change is None else f", {report.predicted_change:+.4g} predicted"
+        print(f"loss change on the gradients' samples: {report.measured_change:+.4g} measured{predicted}")
+    spent = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in report.seconds.items())
+    print(f"compression ratio {report.compression_ratio:.2f}; {spent}; seed {report.seed}")
+    for note in report.notes:
+        print(f"note: {note}")
+
+
+@app.command(epilog=EXIT_CODES)
+def prune(
+    model: Model = None,
+    data: Data = None,
+    config: Config = None,
+    sparsity: Sparsity = None,
+    method: Method = None,
+    scope: Scope = None,
+    block_size: BlockSize = None,
+    num_grads: NumGrads = None,
+    damping: Damping = None,
+    damping_mode: DampingMode = None,
+    update: Update = None,
+    eval_fn: EvalFn = None,
+    weights: Weights = None,
+    out: Out = None,
+    seed: Seed = None,
+) -> None:
+    """Prune a network in one shot, print the report, and save both with --out."""
+    flags = locals().copy()
+    with exit_codes():
+        import fastfisher as ff
+
+        given = gather(ff.prune, flags.pop("config"), flags)
+        folder = given.pop("out", None)
+        network, batches = build_model(given), build_data(given)
+        with progress_bar() as progress:
+            report = ff.prune(network, batches, progress=progress, **given)
+        show(report)
+        if folder is not None:
+            from safetensors.torch import save_model
+
+            report.save(folder)
+            save_model(network, str(Path(folder) / "model.safetensors"))
+            print(f"saved the report and model.safetensors in {folder}")
+
+
+@app.command(epilog=EXIT_CODES)
+def plan(
+    model: Model = None,
+    data: Data = None,
+    config: Config = None,
+    sparsity: Sparsity = None,
+    method: Method = None,
+    block_size: BlockSize = None,
+    num_grads: NumGrads = None,
+) -> None:
+    """Tell the bytes and seconds of each phase before anything runs."""
+    flags = locals().copy()
+    with exit_codes():
+        import fastfisher as ff
+
+        given = gather(ff.plan, flags.pop("config"), flags)
+        given.pop("out", None)
+        network, batches = build_model(given), build_data(given)
+        found = ff.plan(network, batches, **given)
+        print(found)
+        if not found.fits:
+            raise typer.Exit(NO_MEMORY)
+
+
+def evaluate(
+    model: nn.Module, data: Iterable[Any] | None, *, loss_fn: Any = None, eval_fn: Any = None, seed: int = 0
+) -> dict[str, Any]:
+    """The zeros of a model, its mean loss over all samples of `data`, its accuracy there, and what eval_fn returns.
+
+    Accuracy is told where batches are (inputs, integer labels [n]) and outputs are [n, classes].
+    """
+    import torch
+
+    from fastfisher.fisher.batches import SampleReader
+    from fastfisher.fisher.gradients import Objective, parameter_aliases, untouched
+
+    parameters = {name: model.get_parameter(name) for name in parameter_aliases(model)}
+    if not parameters:
+        raise FastFisherError("the model has no parameters")
+    size = sum(value.numel() for value in parameters.values())
+    nonzero = sum(int(torch.count_nonzero(value.detach())) for value in parameters.values())
+    result: dict[str, Any] = {"parameters": size, "zeros": size - nonzero}
+    with untouched(model, seed), torch.no_grad():
+        if data is not None:
+            # above 1, so that the loss is taken over a whole batch at once
+            objective = Objective(model, list(parameters), loss_fn=loss_fn, grad_batch_size=2)
+            reader = SampleReader(data, objective.device)
+            loss, correct, judged = 0.0, 0, 0
+            while (samples := reader.take(256, exactly=False)) is not None:
+                loss += float(objective.losses(objective.weights, samples)) * len(samples)
+                batch = samples.batch()
+                if isinstance(batch, tuple) and batch[-1].dim() == 1 and not batch[-1].is_floating_point():
+                    output = model(*batch[:-1])
+                    if isinstance(output, torch.Tensor) and output.dim() == 2:
+                        correct += int((output.argmax(1) == batch[-1]).sum())
+                        judged += len(samples)
+            if not reader.seen:
+                raise FastFisherError("the data holds no samples")
+            result |= {"samples": reader.seen, "loss": loss / reader.seen}
+            if judged:
+                result["accuracy"] = correct / judged
+        if eval_fn is not None:
+            result |= scores(eval_fn(model))
+    return result
+
+
+@app.command("eval", epilog=EXIT_CODES)
+def evaluate_verb(
+    model: Model = None,
+    data: Data = None,
+    config: Config = None,
+    eval_fn: EvalFn = None,
+    weights: Weights = None,
+) -> None:
+    """Tell the zeros, loss and accuracy of a network, such as one that prune saved."""
+    flags = locals().copy()
+    with exit_codes():
+        given = gather(evaluate, flags.pop("config"), flags)
+        given.pop("out", None)
+        network, batches = build_model(given), build_data(given)
+        result = evaluate(network, batches, **given)
+        rows = (
+            (key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}") for key, value in result.items()
+        )
+        table("evaluation", "", "value", rows=rows)
+
+
+@app.command(epilog=EXIT_CODES)
+def report(folder: Annotated[Path, typer.Argument(help="Where prune --out or Report.save wrote.")]) -> None:
+    """Print a saved report."""
+    with exit_codes():
+        from fastfisher.report import Report
+
+        show(Report.load(folder))
+
+
+@app.command(epilog=EXIT_CODES)
+def doctor() -> None:
+    """Tell what is installed, which kernels run, and what is missing."""
+    from fastfisher.doctor import examine
+
+    with exit_codes():
+        findings = examine()
+    marks = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
+    table("fastfisher", "", "state", "", rows=((f.subject, marks[f.state], f.sentence) for f in findings))
+    print("environment variables:")
+    for variable in environment.VARIABLES:
+        print(f"  {variable.name}: {variable.sentence}")
+    if any(finding.state == "problem" for finding in findings):
+        raise typer.Exit(PROBLEM)
+
+
+def main() -> None:
+    """The console script `fastfisher`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
