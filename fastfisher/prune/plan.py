@@ -1,0 +1,340 @@
+"""What a pruning run will cost: bytes and seconds per phase, before anything runs.
+
+Bytes are counted from the sizes.  Seconds are measured and scaled: one micro-batch is differentiated, and the Fisher of
+a few blocks is built from random gradients, on this machine, in well under a second each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfisher.errors import FastFisherError
+from fastfisher.fisher.batches import SampleReader
+from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, chunks, untouched
+from fastfisher.fisher.inverse import FisherAccumulator, choose_form
+from fastfisher.memory import format_bytes, free_bytes, parse_bytes
+from fastfisher.prune.select import keep_mask
+from fastfisher.prune.settings import Settings
+from fastfisher.prune.targets import Targets, find_targets
+from fastfisher.report import align
+
+# Micro-batches may use this much beside the Fisher, and less where less is free.
+GRADIENT_BYTES = 1 << 30
+# Vectors [d] alive at the end: old and new weights (flat and shaped), saliency, diag F⁻¹, masks, scratch.
+FLAT_VECTORS = 8
+# Multiply-adds of one calibration run.
+CALIBRATION = 1e8
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase: the bytes it needs at once beyond the model, and its estimated seconds (None: not measured)."""
+
+    name: str
+    bytes: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found.  free is None where the system does not say; largest_block is None where nothing fits."""
+
+    sizes: Sizes
+    num_grads: int
+    form: str
+    phases: tuple[Phase, ...]
+    free: int | None
+    device: str
+    largest_block: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes the run needs beyond the model: those of the largest phase."""
+        return max(phase.bytes for phase in self.phases)
+
+    @property
+    def seconds(self) -> float | None:
+        """The whole run without eval_fn; None where the gradients could not be timed."""
+        known = [phase.seconds for phase in self.phases if phase.seconds is not None]
+        return sum(known) if len(known) == len(self.phases) else None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within what is free."""
+        return self.free is None or self.peak_bytes <= self.free
+
+    @property
+    def refusal(self) -> str:
+        """The sentence for a run that does not fit."""
+        block = None if self.sizes.single_block else self.sizes.block_size
+        found = f"Largest that fits: {self.largest_block}." if self.largest_block else "No block size fits."
+        return (
+            f"block_size={block} needs {format_bytes(self.peak_bytes)}; "
+            f"free on {self.device}: {format_bytes(self.free or 0)}. {found}"
+        )
+
+    def __str__(self) -> str:
+        rows = [["phase", "memory", "seconds"]]
+        rows += [[phase.name, format_bytes(phase.bytes), _seconds(phase.seconds)] for phase in self.phases]
+        rows.append(["all", format_bytes(self.peak_bytes), _seconds(self.seconds)])
+        sizes = self.sizes
+        head = f"{sizes.num_weights:,} weights"
+        if self.form != "none":
+            blocks = (
+                "one block"
+                if sizes.single_block
+                else f"{sizes.num_blocks:,} blocks of up to {sizes.block_size}"
+            )
+            head += f" in {blocks}, {self.num_grads} gradients, {self.form} form"
+        free = "unknown" if self.free is None else format_bytes(self.free)
+        foot = f"free on {self.device}: {free}" if self.fits else self.refusal
+        return "\n".join([head, align(rows), foot, *(f"note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers that cost follows from: d, K, B, whether one block holds everything, bytes of one number."""
+
+    num_weights: int
+    num_blocks: int
+    block_size: int
+    single_block: bool
+    itemsize: int
+
+    @classmethod
+    def of(cls, layout: BlockLayout, itemsize: int) -> Sizes:
+        """The numbers of a layout."""
+        return cls(layout.num_weights, layout.num_blocks, layout.block_size, layout.single_block, itemsize)
+
+    def form(self, num_grads: int) -> str:
+        """The form that the accumulator will choose."""
+        return choose_form("auto", num_grads, self.block_size)
+
+    def fisher_bytes(self, num_grads: int) -> tuple[int, int]:
+        """Bytes of the Fisher while gradients arrive, and of its inverse."""
+        if self.form(num_grads) == "dual":
+            # the gradients are stored once; the factor is float64
+            stored = num_grads * self.num_weights * self.itemsize
+            return stored, stored + 8 * self.num_blocks * num_grads**2
+        # accumulated in float64, and emptied group by group as the inverse fills
+        padded = self.num_blocks * self.block_size**2
+        return 8 * padded, 8 * padded
+
+    def operations(self, num_grads: int) -> float:
+        """Multiply-adds of building the inverse."""
+        if self.form(num_grads) == "dual":
+            return self.num_blocks * (num_grads**2 * self.block_size + num_grads**3 / 3)
+        return self.num_blocks * (num_grads * self.block_size**2 + self.block_size**3)
+
+    def phase_bytes(self, settings: Settings, limit: int, activation: int) -> dict[str, int]:
+        """Bytes per phase when the gradients may take `limit`, and a sample's activations take `activation`."""
+        vectors = FLAT_VECTORS * self.num_weights * self.itemsize
+        if settings.method == "magnitude":
+            return {"select": vectors}
+        row = self.num_weights * self.itemsize
+        rows, micro = chunks(row, settings.num_grads, limit, activation)
+        buffer = (2 + rows) * row  # the weights, the dead ones, and the rows handed over
+        fisher, inverse = self.fisher_bytes(settings.num_grads)
+        return {
+            "gradients": buffer + fisher + micro * (row + ACTIVATION_FACTOR * activation),
+            "fisher": buffer + fisher,
+            "inverse": buffer + inverse,
+            "select and update": vectors + inverse,
+        }
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _largest_block(layout: BlockLayout, sizes: Sizes, settings: Settings, free: int) -> int | None:
+    """The largest of 1, 2, 5, 10, 20, 50, ... below the block asked for that fits with one gradient at a time."""
+    candidates = [digit * 10**power for power in range(10) for digit in (1, 2, 5)]
+    for size in reversed([size for size in candidates if size < sizes.block_size]):
+        count = sum(-(-(stop - start) // size) for start, stop in layout.parameter_ranges.values())
+        smaller = replace(sizes, num_blocks=count, block_size=size, single_block=False)
+        if max(smaller.phase_bytes(settings, 1, 0).values()) <= free:
+            return size
+    return None
+
+
+def byte_plan(
+    layout: BlockLayout,
+    settings: Settings,
+    targets: Targets,
+    memory_limit: int | str | None,
+    activation: int = 0,
+) -> tuple[Plan, int]:
+    """The plan without seconds, and the bytes that the gradients may take beside the Fisher.
+
+    activation: bytes of one sample's activations, 0 where they are not known.
+    """
+    wide = any(parameter.dtype == torch.float64 for parameter in targets.parameters.values())
+    sizes = Sizes.of(layout, 8 if wide else 4)
+    free = free_bytes(targets.device) if memory_limit is None else parse_bytes(memory_limit)
+    limit = GRADIENT_BYTES
+    if free is not None and settings.method != "magnitude":
+        row = layout.num_weights * sizes.itemsize
+        limit = max(1, min(limit, free - max(sizes.fisher_bytes(settings.num_grads)) - 2 * row))
+    plan = Plan(
+        sizes=sizes,
+        num_grads=settings.num_grads,
+        form="none" if settings.method == "magnitude" else sizes.form(settings.num_grads),
+        phases=tuple(Phase(*item) for item in sizes.phase_bytes(settings, limit, activation).items()),
+        free=free,
+        device=str(targets.device),
+    )
+    if not plan.fits and free is not None and settings.method == "woodfisher":
+        plan = replace(plan, largest_block=_largest_block(layout, sizes, settings, free))
+    return plan, limit
+
+
+def gradient_limit(
+    layout: BlockLayout, settings: Settings, targets: Targets, memory_limit: int | str | None
+) -> int:
+    """Bytes the gradients may take beside the Fisher.  Raises FastFisherError where the run does not fit."""
+    found, limit = byte_plan(layout, settings, targets, memory_limit)
+    if not found.fits:
+        raise FastFisherError(found.refusal)
+    return limit
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the second of two runs, and its result: the first pays for threads and caches."""
+    run()
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+
+def _fisher_seconds(sizes: Sizes, settings: Settings, device: torch.device) -> dict[str, float]:
+    """Seconds of every phase after the gradients, from a problem of the same form that is small enough to try."""
+    num_grads = settings.num_grads
+    if sizes.form(num_grads) == "dual":
+        m, b = min(num_grads, 256), min(sizes.block_size, 4096)
+    else:
+        m, b = min(num_grads, 256), min(sizes.block_size, 256)
+    one = replace(sizes, num_blocks=1, block_size=b, num_weights=b)
+    count = int(max(1, min(sizes.num_blocks, CALIBRATION // one.operations(m))))
+    if sizes.single_block:
+        count = 1
+    small = replace(one, num_blocks=count, num_weights=count * b)
+    scale = sizes.operations(num_grads) / small.operations(m)
+    dtype = torch.float64 if sizes.itemsize == 8 else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
+    grads = torch.randn(m, count * b, generator=generator, device=device, dtype=dtype)  # [m, d]
+    weight = torch.randn(count * b, generator=generator, device=device, dtype=dtype)  # [d]
+    layout = BlockLayout(["calibration"], [(count * b,)], None if sizes.single_block else b)
+
+    def fill() -> FisherAccumulator:
+        # a damping of the size of the gradients: no block needs mending
+        accumulator = FisherAccumulator(layout, num_grads=m, damping=1.0)
+        accumulator.add(grads)
+        return accumulator
+
+    def choose() -> Tensor:
+        mask = keep_mask(finv.saliency(weight), weight == 0, int(settings.sparsity * len(weight)))
+        update = settings.applied_update
+        return (
+            torch.where(mask, weight, 0) if update is None else finv.prune_update(weight, mask, update=update)
+        )
+
+    added, _ = _timed(fill)
+    both, finv = _timed(lambda: fill().finish())
+    chosen, _ = _timed(choose)
+    more = scale if settings.applied_update == "joint" else sizes.num_weights / small.num_weights
+    return {
+        "fisher": added * scale,
+        "inverse": max(both - added, 0.0) * scale,
+        "select and update": chosen * more,
+    }
+
+
+def _gradient_seconds(
+    model: nn.Module, data: Iterable[Any], objective: Objective, settings: Settings, limit: int, row: int
+) -> tuple[float, int]:
+    """Seconds of all gradients, and the bytes of one sample's activations, from the loader's first samples."""
+    reader = SampleReader(data, objective.device)
+    sample = reader.peek()
+    if sample is None:
+        raise FastFisherError(f"num_grads={settings.num_grads} but the loader yields 0 samples.")
+    if settings.grad_batch_size > 1:
+        activation = settings.grad_batch_size * objective.activation_bytes(sample)
+        micro, per = settings.grad_batch_size, 1
+    else:
+        activation = objective.activation_bytes(sample)
+        micro = per = chunks(row, settings.num_grads, limit, activation)[1]
+    samples = reader.take(micro, exactly=False)
+    if samples is None:
+        raise FastFisherError(f"num_grads={settings.num_grads} but the loader yields 0 samples.")
+    seconds, _ = _timed(lambda: objective.gradients(samples))
+    return seconds * settings.num_grads / per * micro / len(samples), activation
+
+
+def plan(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    *,
+    sparsity: float,
+    method: str = "woodfisher",
+    scope: str = "global",
+    block_size: int | None = 64,
+    num_grads: int = 512,
+    grad_batch_size: int = 1,
+    damping: float = 1e-5,
+    damping_mode: str = "absolute",
+    update: str | None = "sum",
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+    loss_fn: LossFn | None = None,
+    seed: int = 0,
+    memory_limit: int | str | None = None,
+) -> Plan:
+    """What `prune` with the same arguments will need: bytes and estimated seconds per phase.  The model is not changed.
+
+    data: as for `prune`; the first micro-batch is read.  An iterator that can be read only once is left alone, and the
+    gradients are then not timed.   memory_limit: bytes or a text like "8 GB", by default what is free.
+    Raises FastFisherError on bad input; a run that does not fit is no error here, see `fits` and `refusal`.
+    """
+    settings = Settings(
+        sparsity, method, scope, block_size, num_grads, grad_batch_size, damping, damping_mode, update, seed
+    )
+    found = find_targets(model, targets, ignore)
+    layout = layout_of(found, settings)
+    rough, limit = byte_plan(layout, settings, found, memory_limit)
+    if method == "magnitude" or not rough.fits:
+        return rough
+    seconds = _fisher_seconds(rough.sizes, settings, found.device)
+    activation = 0
+    notes: tuple[str, ...] = ()
+    if data is None or isinstance(data, Iterator):
+        notes = ("The gradients were not timed: the data can be read only once, or there is none.",)
+    else:
+        with untouched(model, seed):
+            objective = Objective(
+                model, list(found.parameters), loss_fn=loss_fn, grad_batch_size=grad_batch_size
+            )
+            row = layout.num_weights * rough.sizes.itemsize
+            seconds["gradients"], activation = _gradient_seconds(model, data, objective, settings, limit, row)
+            if objective.why_loop is not None:
+                notes = (
+                    f"Samples are differentiated one at a time: vmap cannot trace the model ({objective.why_loop}).",
+                )
+    final, _ = byte_plan(layout, settings, found, memory_limit, activation)
+    phases = tuple(replace(phase, seconds=seconds.get(phase.name)) for phase in final.phases)
+    return replace(final, phases=phases, notes=notes)
+
+
+def layout_of(targets: Targets, settings: Settings) -> BlockLayout:
+    """The targets in one flat order, cut into the blocks of the method."""
+    block = 1 if settings.method == "magnitude" else settings.fisher_block
+    shapes = [tuple(parameter.shape) for parameter in targets.parameters.values()]
+    return BlockLayout(list(targets.parameters), shapes, block)

@@ -1,0 +1,390 @@
+"""One-shot pruning: gradients -> inverse Fisher -> saliency -> mask -> update -> weights, written at the very end."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastfisher
+from fastfisher.errors import FastFisherError
+from fastfisher.fisher.batches import SampleReader, Samples
+from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.gradients import GradientStream, LossFn, Objective, untouched
+from fastfisher.fisher.inverse import FisherAccumulator, FisherInverse
+from fastfisher.memory import peak_bytes
+from fastfisher.prune import saliency
+from fastfisher.prune.flops import count_flops
+from fastfisher.prune.plan import gradient_limit, layout_of, plan
+from fastfisher.prune.select import num_zeros, select
+from fastfisher.prune.settings import Settings
+from fastfisher.prune.targets import Targets, find_targets
+from fastfisher.prune.update import as_parameters, updated, written
+from fastfisher.report import LayerRow, Report
+
+__all__ = ["plan", "prune"]
+
+Progress = Callable[[str, int, int], None]
+
+# Below this share of the gradients the Fisher estimate rests on a few samples.
+FEW_EFFECTIVE = 0.1
+
+
+@dataclass
+class _Clock:
+    """Seconds per phase, added up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class _Outcome:
+    """What the gradients led to, before the model is written."""
+
+    new: Tensor  # [d]
+    mask: Tensor  # bool [d]
+    finv: FisherInverse | None = None
+    stream: GradientStream | None = None
+
+
+def _timed(pieces: Iterator[Tensor], clock: _Clock) -> Iterator[Tensor]:
+    while True:
+        with clock("gradients"):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
+
+
+def _estimate(
+    stream: GradientStream, settings: Settings, clock: _Clock, progress: Progress | None
+) -> FisherInverse:
+    accumulator = FisherAccumulator(
+        stream.layout,
+        num_grads=settings.num_grads,
+        damping=settings.damping,
+        damping_mode=settings.damping_mode,
+    )
+    for piece in _timed(iter(stream), clock):
+        with clock("fisher"):
+            accumulator.add(piece)
+        if progress is not None:
+            progress("gradients", stream.num_finite, settings.num_grads)
+    with clock("inverse"):
+        return accumulator.finish()
+
+
+def _decide(
+    weight: Tensor,
+    dead: Tensor,
+    layout: BlockLayout,
+    settings: Settings,
+    stream: GradientStream | None,
+    clock: _Clock,
+    progress: Progress | None,
+) -> _Outcome:
+    finv = None
+    if stream is not None:
+        finv = _estimate(stream, settings, clock, progress)
+    with clock("select"):
+        if finv is None:
+            scores = saliency.magnitude(weight)
+        elif settings.method == "diagonal":
+            scores = saliency.diagonal(weight, finv)
+        else:
+            scores = saliency.woodfisher(weight, finv)
+        ranges = list(layout.parameter_ranges.values())
+        mask = select(scores, dead, settings.sparsity, scope=settings.scope, ranges=ranges)
+    with clock("update"):
+        new = updated(weight, mask, finv, settings.applied_update)
+    return _Outcome(new, mask, finv, stream)
+
+
+def _kept_losses(objective: Objective, groups: Sequence[Samples], weights: dict[str, Tensor]) -> float:
+    """Mean loss over the kept samples (mini-batches, where the gradients are means over them)."""
+    with torch.no_grad():
+        losses = torch.cat([objective.losses(weights, group).double() for group in groups])
+    return float(losses.mean())
+
+
+def _second_order(
+    objective: Objective, groups: Sequence[Samples], change: dict[str, Tensor], damping: float
+) -> tuple[float, float]:
+    """½ δᵀ(λI + (1/n) Σ ggᵀ)δ and (1/n) Σ g·δ over the kept samples."""
+    slopes = torch.cat([objective.slopes(change, group)[1].double() for group in groups])
+    length = sum(float((delta.double() ** 2).sum()) for delta in change.values())
+    return 0.5 * (float((slopes**2).mean()) + damping * length), float(slopes.mean())
+
+
+def _number(result: Any) -> Any:
+    """What eval_fn returned as plain numbers: a float, or a dict of floats."""
+    try:
+        if isinstance(result, dict):
+            return {str(key): float(value) for key, value in result.items()}
+        return float(result)
+    except (TypeError, ValueError) as error:
+        raise FastFisherError(
+            f"eval_fn must return a number or a dict of numbers; got {result!r:.60}"
+        ) from error
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fastfisher": fastfisher.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _command() -> str:
+    return shlex.join([os.path.basename(sys.argv[0]) or "python", *sys.argv[1:]]) if sys.argv else "python"
+
+
+def _layer_rows(
+    targets: Targets, layout: BlockLayout, dead: Tensor, mask: Tensor, flops: dict[str, float] | None
+) -> list[LayerRow]:
+    rows = []
+    for name, (start, stop) in layout.parameter_ranges.items():
+        aliases = targets.aliases[name]
+        modules = [alias.rpartition(".")[0] for alias in aliases]
+        rows.append(
+            LayerRow(
+                name=name,
+                shape=tuple(targets.parameters[name].shape),
+                weights=stop - start,
+                zeros_before=int(dead[start:stop].sum()),
+                zeros=int((~mask[start:stop]).sum()),
+                flops=None if flops is None else sum(flops.get(module, 0.0) for module in modules),
+                tied_to=aliases[1:],
+            )
+        )
+    return rows
+
+
+def _fill_sizes(report: Report, model: nn.Module, total_flops: float | None) -> None:
+    """The ShrinkBench keys, from the pruned model."""
+    parameters = list(model.parameters())
+    report.size = sum(parameter.numel() for parameter in parameters)
+    report.size_nz = sum(int(torch.count_nonzero(parameter.detach())) for parameter in parameters)
+    report.compression_ratio = report.size / max(report.size_nz, 1)
+    if total_flops:
+        report.flops = total_flops
+        report.flops_nz = total_flops - sum((row.flops or 0.0) * row.sparsity for row in report.layers)
+        report.theoretical_speedup = report.flops / report.flops_nz if report.flops_nz > 0 else None
+
+
+def _fill_gradients(report: Report, settings: Settings, outcome: _Outcome, objective: Objective) -> None:
+    stream, finv = outcome.stream, outcome.finv
+    if stream is None or finv is None:
+        return
+    report.block_size = settings.fisher_block
+    report.damping = settings.damping
+    report.damping_mode = settings.damping_mode
+    report.damping_used = float(finv.damping)
+    report.form = finv.form
+    report.num_grads = settings.num_grads
+    report.grad_batch_size = settings.grad_batch_size
+    report.effective_grads = stream.effective
+    report.non_finite_grads = stream.num_non_finite
+    report.data_fingerprint = stream.fingerprint
+    if stream.effective < FEW_EFFECTIVE * settings.num_grads:
+        report.notes.append(
+            f"Effective number of gradients is {stream.effective:.0f} of {settings.num_grads}: the model fits this "
+            f"data almost perfectly; use held-out data or larger damping."
+        )
+    if stream.num_non_finite:
+        used = "" if stream.num_finite == settings.num_grads else f"; {stream.num_finite} were left to use"
+        report.notes.append(
+            f"{stream.num_non_finite} of {stream.num_finite + stream.num_non_finite} gradients were non-finite "
+            f"(first: {stream.first_non_finite}){used}."
+        )
+    if objective.why_loop is not None:
+        report.notes.append(
+            f"Samples were differentiated one at a time: vmap cannot trace the model ({objective.why_loop})."
+        )
+    if stream.unreached:
+        report.notes.append(
+            f"No gradient reached {', '.join(stream.unreached)}: ranked by damping times weight squared."
+        )
+
+
+def prune(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    *,
+    sparsity: float,
+    method: str = "woodfisher",
+    scope: str = "global",
+    block_size: int | None = 64,
+    num_grads: int = 512,
+    grad_batch_size: int = 1,
+    damping: float = 1e-5,
+    damping_mode: str = "absolute",
+    update: str | None = "sum",
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+    loss_fn: LossFn | None = None,
+    eval_fn: Callable[[nn.Module], Any] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    memory_limit: int | str | None = None,
+) -> Report:
+    """Set round(sparsity · d) of the d target weights to zero where the loss suffers least, and correct the others.
+
+    data: iterable of batches (input, label) or dicts, read once and only as far as needed: num_grads · grad_batch_size
+        samples, in the loader's order.  It may be None for method "magnitude".
+    method: "woodfisher" (blocks of the inverse Fisher), "diagonal" (blocks of one), "magnitude" (no gradients).
+    scope: "global" ranks all weights together, "layer" gives every tensor the same share; what rounding leaves
+        over goes to the tensors with the largest remainders.
+    block_size: B, weights per Fisher block; None for one block over everything.
+    grad_batch_size: 1 for per-sample gradients, n for means over mini-batches of n.
+    damping: λ, added to the Fisher's diagonal ("absolute"), or the multiple of its mean diagonal to add ("relative").
+    update: of the kept weights: "sum", "joint", or None.   Only for "woodfisher".
+    targets, ignore: names, module names or globs, with or without ".weight"; by default Linear and convolution weights.
+    loss_fn: loss_fn(model, batch) -> one number, the mean over the batch.  For per-sample gradients it is called with
+        batches of one sample, under torch.func.vmap.  The model it gets is the same object, in eval mode.
+    eval_fn: eval_fn(model) -> number or dict of numbers, called for the dense model, for global magnitude at the same
+        sparsity, and for the pruned model; always in eval mode.
+    seed: of torch's generators while this function runs; their state is restored.
+    progress: progress(phase, done, total), called after every piece of gradients.
+    memory_limit: bytes or a text like "8 GB"; by default what is free.
+
+    The model is changed in place, at the very end: on any error or interrupt it is bit for bit as it was.  Weights keep
+    dtype, memory and ties; zeros that are there already stay and count.
+    Raises FastFisherError (a ValueError) on bad input, FisherError where the arithmetic breaks down.
+    Source: WoodFisher (Singh & Alistarh, 2020), sections 2 and 3.
+    """
+    settings = Settings(
+        sparsity, method, scope, block_size, num_grads, grad_batch_size, damping, damping_mode, update, seed
+    )
+    found = find_targets(model, targets, ignore)
+    layout = layout_of(found, settings)
+    limit = gradient_limit(layout, settings, found, memory_limit)
+    if method != "magnitude" and data is None:
+        raise FastFisherError(f"method={method!r} needs data to take gradients from; got None")
+    clock = _Clock()
+
+    with untouched(model, seed):
+        old = {name: parameter.detach() for name, parameter in found.parameters.items()}
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in old.values()) else torch.float32
+        weight = layout.flatten({name: value.to(wide) for name, value in old.items()})  # [d]
+        # compared in the model's own dtype: nothing nonzero there becomes zero in a wider one
+        dead = weight == 0
+        if not bool(torch.isfinite(weight).all()):
+            name = next(name for name, value in old.items() if not bool(torch.isfinite(value).all()))
+            raise FastFisherError(f"{name!r} holds weights that are not finite")
+        objective = Objective(model, list(found.parameters), loss_fn=loss_fn, grad_batch_size=grad_batch_size)
+        stream = None
+        if method != "magnitude" and data is not None:
+            stream = GradientStream(
+                objective,
+                data,
+                layout,
+                num_grads=num_grads,
+                dead=dead,
+                memory_limit=limit,
+            )
+
+        dense = control = None
+        if eval_fn is not None:
+            with clock("evaluate"):
+                dense = _number(eval_fn(model))
+
+        outcome = _decide(weight, dead, layout, settings, stream, clock, progress)
+        values = as_parameters(outcome.new, outcome.mask, layout, found.parameters)
+
+        sample = stream.kept[0].narrow(0, 1) if stream is not None else _first_sample(data, objective)
+        flops: dict[str, float] | None = None
+        total_flops: float | None = None
+        if sample is not None:
+            total_flops, flops = count_flops(objective, model, sample)
+
+        report = Report(
+            method=method,
+            scope=scope,
+            sparsity=float(sparsity),
+            update=settings.applied_update,
+            num_weights=layout.num_weights,
+            num_zeros=int((~outcome.mask).sum()),
+            zeros_before=int(dead.sum()),
+            layers=_layer_rows(found, layout, dead, outcome.mask, flops),
+            frozen=found.frozen,
+            seed=seed,
+            device=str(found.device),
+            versions=_versions(),
+            command=_command(),
+        )
+        _fill_gradients(report, settings, outcome, objective)
+        if report.num_zeros > num_zeros(sparsity, layout.num_weights):
+            report.notes.append(
+                f"{report.zeros_before:,} weights were zero before, in places more than asked for; all stay zero."
+            )
+        if stream is not None and outcome.finv is not None:
+            with clock("loss check"):
+                _check_loss(report, objective, stream.kept, old, values, float(outcome.finv.damping))
+
+        if eval_fn is not None and method != "magnitude":
+            with clock("evaluate"):
+                mask = select(saliency.magnitude(weight), dead, sparsity, scope="global", ranges=())
+                magnitude = as_parameters(torch.where(mask, weight, 0), mask, layout, found.parameters)
+                with written(found.parameters, magnitude, keep=False):
+                    control = _number(eval_fn(model))
+
+        with written(found.parameters, values, keep=True):
+            if eval_fn is not None:
+                with clock("evaluate"):
+                    report.pruned = _number(eval_fn(model))
+            report.dense, report.control = dense, control
+            _fill_sizes(report, model, total_flops)
+            report.seconds = clock.seconds
+            report.peak_memory = peak_bytes(found.device)
+    return report
+
+
+def _first_sample(data: Iterable[Any] | None, objective: Objective) -> Samples | None:
+    return None if data is None else SampleReader(data, objective.device).peek()
+
+
+def _check_loss(
+    report: Report,
+    objective: Objective,
+    groups: Sequence[Samples],
+    old: dict[str, Tensor],
+    values: dict[str, Tensor],
+    damping: float,
+) -> None:
+    """Fill in the measured and the predicted change of the loss."""
+    report.loss_samples = sum(map(len, groups))
+    report.loss_dense = _kept_losses(objective, groups, old)
+    report.loss_pruned = _kept_losses(objective, groups, values)
+    if not math.isfinite(report.loss_pruned):
+        report.notes.append(
+            f"The loss of the pruned model is {report.loss_pruned} on the gradients' samples."
+        )
+    change = {name: values[name] - old[name] for name in old}
+    try:
+        report.predicted_change, report.slope = _second_order(objective, groups, change, damping)
+    except FastFisherError as error:
+        report.notes.append(
+            f"The loss change is not predicted: the model has no forward-mode derivative ({error})."
+        )
