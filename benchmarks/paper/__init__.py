@@ -1,0 +1,1 @@
+"""Published experiments on trained networks, one runnable script each."""

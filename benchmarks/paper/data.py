@@ -1,0 +1,89 @@
+"""Images, labels and checkpoints of the published experiments, from a folder that the user names.
+
+The folder holds (uint8 pixels everywhere):
+    mnist.npz                                  x_train [60000, 28, 28], y_train, x_test [10000, 28, 28], y_test
+    mlpnet/full_ep25_seed<s>.safetensors       a trained MLPNet for each seed
+    cifar10_train_1..4.webp                    training images in order, 10,000 a file, tiled 100 to a row, lossless
+    cifar10_test_first1000.webp                the first 1,000 test images, tiled 40 to a row
+    cifar10_labels.npz                         y_train, y_test_first1000
+    resnet20_cifar10_woodfisher.safetensors    a trained ResNet20
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from benchmarks.machine import ROOT
+
+VARIABLE = "FASTFISHER_DATA"
+
+
+class Split(NamedTuple):
+    """images [n, C, H, W] float32, normalised; labels [n] int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """The option --data, with the environment variable and then a folder beside the repository as defaults."""
+    default = Path(os.environ.get(VARIABLE) or ROOT.parent / "shared" / "data")
+    parser.add_argument(
+        "--data", type=Path, default=default, help=f"folder of data and checkpoints (or {VARIABLE})"
+    )
+
+
+def _file(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.exists():
+        raise SystemExit(
+            f"{name} is not in {folder}: name the folder that holds it by --data or {VARIABLE}; "
+            f"benchmarks/paper/data.py lists its files"
+        )
+    return path
+
+
+def mnist(folder: Path, num_samples: int, seed: int) -> tuple[Split, Split]:
+    """Training images drawn without replacement, and the test set, normalised by mean and deviation of the training
+    pixels.
+    """
+    with np.load(_file(folder, "mnist.npz")) as arrays:
+        x_train, y_train, x_test, y_test = (arrays[key] for key in ("x_train", "y_train", "x_test", "y_test"))
+    picked = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(seed))[:num_samples].numpy()
+
+    def split(x: np.ndarray, y: np.ndarray) -> Split:
+        return Split((torch.from_numpy(x).unsqueeze(1) / 255 - 0.1307) / 0.3081, torch.from_numpy(y).long())
+
+    return split(x_train[picked], y_train[picked]), split(x_test, y_test)
+
+
+def _tiles(path: Path) -> Tensor:
+    """A picture of 32 x 32 tiles, row by row -> uint8 [n, 3, 32, 32]."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))  # [rows * 32, columns * 32, 3]
+    return pixels.unflatten(0, (-1, 32)).unflatten(2, (-1, 32)).permute(0, 2, 4, 1, 3).flatten(0, 1)
+
+
+def cifar10(folder: Path, num_samples: int, seed: int) -> tuple[Split, Split]:
+    """Training images drawn without replacement, and the first 1,000 test images; pixels scaled to [-1, 1]."""
+    with np.load(_file(folder, "cifar10_labels.npz")) as arrays:
+        y_train = torch.from_numpy(arrays["y_train"]).long()
+        y_test = torch.from_numpy(arrays["y_test_first1000"]).long()
+    x_train = torch.cat([_tiles(_file(folder, f"cifar10_train_{i}.webp")) for i in (1, 2, 3, 4)])
+    x_test = _tiles(_file(folder, "cifar10_test_first1000.webp"))
+    picked = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(seed))[:num_samples]
+    return Split(x_train[picked] / 127.5 - 1, y_train[picked]), Split(x_test / 127.5 - 1, y_test)
+
+
+def load_weights(model: nn.Module, folder: Path, name: str) -> nn.Module:
+    """Read a checkpoint into the model, and return it in eval mode."""
+    model.load_state_dict(load_file(_file(folder, name)))
+    return model.eval()

@@ -1,0 +1,76 @@
+"""The networks of the published experiments, with the parameter names of their checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MLPNet(nn.Module):
+    """784-40-20-10, ReLU, no biases: 32,360 weights.   x [n, 1, 28, 28] or [n, 784] -> logits [n, 10]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(784, 40, bias=False)
+        self.fc2 = nn.Linear(40, 20, bias=False)
+        self.fc3 = nn.Linear(20, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.fc1(x.flatten(1)))
+        return self.fc3(torch.relu(self.fc2(x)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, a 1x1 convolution where the shape changes.   Source: He et al., 2016, fig.
+    2.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module = nn.Identity()
+        if channels_in != channels:
+            shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(out)) + self.downsample(x))
+
+
+class ResNet20(nn.Module):
+    """Three stages of three blocks with 16, 32 and 64 channels: 272,474 parameters.   x [n, 3, 32, 32] -> logits [n,
+    10].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(16, 16, 1)
+        self.layer2 = self._stage(16, 32, 2)
+        self.layer3 = self._stage(32, 64, 2)
+        self.fc = nn.Linear(64, 10)
+
+    @staticmethod
+    def _stage(channels_in: int, channels: int, stride: int) -> nn.Sequential:
+        rest = [BasicBlock(channels, channels, 1) for _ in range(2)]
+        return nn.Sequential(BasicBlock(channels_in, channels, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+    @staticmethod
+    def prunable() -> list[str]:
+        """The eighteen 3x3 convolutions of the three stages: 267,264 weights."""
+        return [
+            f"layer{stage}.{block}.conv{conv}.weight"
+            for stage in (1, 2, 3)
+            for block in (0, 1, 2)
+            for conv in (1, 2)
+        ]
