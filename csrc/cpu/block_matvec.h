@@ -8,19 +8,6 @@
 namespace ff {
 namespace FF_NAMESPACE {
 
-// Dot product in a fixed order of sixteen partial sums.
-template <class T>
-FF_INLINE T dot(const T* a, const T* b, int64_t n) {
-    T lanes[16] = {};
-    int64_t j = 0;
-    for (; j + 16 <= n; j += 16)
-        for (int64_t l = 0; l < 16; ++l) lanes[l] += a[j + l] * b[j + l];
-    for (; j < n; ++j) lanes[0] += a[j] * b[j];
-    T sum = 0;
-    for (T lane : lanes) sum += lane;
-    return sum;
-}
-
 // y[c] += a x[c].
 template <class T, class S>
 FF_INLINE void add_scaled(T a, const S* __restrict__ x, T* __restrict__ y, int64_t n) {
@@ -46,7 +33,7 @@ void block_matvec(T* out, const T* x, int64_t n, const T* f_inv, Blocks blocks, 
                 const T* row = f_inv + (b * B + i) * B;
                 T* o = out + (blocks.start(b) + i) * n;
                 if (n == 1) {
-                    *o = dot(row, xb, length);
+                    *o = dot<T>(row, xb, length);
                     continue;
                 }
                 fill_zero(o, n);
@@ -77,7 +64,7 @@ inline void gradients_times(double* y, const Gradients& g, const Blocks& blocks,
                 double* ya = y + (b * g.rows + a) * n;
                 read_row<double>(g, a, blocks.start(b) + q, columns, row);
                 if (n == 1) {
-                    *ya += dot<double>(row, wide, columns);
+                    *ya += dot<double, double>(row, wide, columns);
                     continue;
                 }
                 for (int64_t c = 0; c < columns; ++c) add_scaled(row[c], xq + c * n, ya, n);

@@ -67,6 +67,19 @@ inline void gram_lower(int64_t K, const T* P, int64_t ldp, int64_t n, T* C, int6
         tile_row<T, SIGN>(K, P + i, ldp, P, ldp, C + i * ldc, ldc, min(i + MR, padded<T>(n)));
 }
 
+// Dot product, summed as Sum in a fixed order of sixteen partial sums.
+template <class Sum, class T>
+FF_INLINE Sum dot(const T* a, const T* b, int64_t n) {
+    Sum lanes[16] = {};
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16)
+        for (int64_t l = 0; l < 16; ++l) lanes[l] += static_cast<Sum>(a[j + l]) * static_cast<Sum>(b[j + l]);
+    for (int64_t l = 0; j < n; ++j, ++l) lanes[l] += static_cast<Sum>(a[j]) * static_cast<Sum>(b[j]);
+    Sum sum = 0;
+    for (Sum lane : lanes) sum += lane;
+    return sum;
+}
+
 // y[0..n) -= a x[0..n), n rounded up to a vector.
 template <class T>
 FF_INLINE void subtract_scaled(T a, const T* x, T* y, int64_t n) {
@@ -155,14 +168,7 @@ inline void solve_vectors(int64_t n, const T* U, int64_t ldu, T* b, int64_t colu
         }
         for (int64_t i = n - 1; i >= 0; --i) {
             const T* u = U + i * ldu;
-            T lanes[8] = {};
-            int64_t j = i + 1;
-            for (; j + 8 <= n; j += 8)
-                for (int64_t l = 0; l < 8; ++l) lanes[l] += u[j + l] * b[j + l];
-            for (; j < n; ++j) lanes[0] += u[j] * b[j];
-            T sum = 0;
-            for (T lane : lanes) sum += lane;
-            b[i] = (b[i] - sum) / u[i];
+            b[i] = (b[i] - dot<T>(u + i + 1, b + i + 1, n - i - 1)) / u[i];
         }
         return;
     }

@@ -27,11 +27,11 @@ FF_INLINE int64_t blocks_per_task(int64_t num_blocks, int threads) {
 // A block [n, n] whose panel fits into cache tiles of its own.
 template <class T>
 inline void accumulate_block(T* fisher, int64_t B, const Gradients& g, int64_t start, int64_t n, T factor, T* panel,
-                             T* sum, int64_t ld, int64_t rows_at_once) {
+                             T* sum, int64_t ld, int64_t rows_at_once, int64_t ahead) {
     fill_zero(sum, padded<T>(n) * ld);
     for (int64_t k = 0; k < g.rows; k += rows_at_once) {
         const int64_t rows = min(rows_at_once, g.rows - k);
-        pack_rows(g, k, rows, start, n, panel, ld, padded<T>(n));
+        pack_rows(g, k, rows, start, n, panel, ld, padded<T>(n), ahead);
         gram_lower<T, 1>(rows, panel, ld, n, sum, ld);
     }
     for (int64_t i = 0; i < n; ++i) {
@@ -142,7 +142,7 @@ void fisher_accumulate(T* fisher, Gradients g, Blocks blocks, double num_grads, 
             Scratch<T> panel(rows * ld), sum(padded<T>(B) * ld);
             for (int64_t b = t * per_task; b < min(blocks.count, (t + 1) * per_task); ++b)
                 accumulate_block<T>(fisher + b * B * B, B, g, blocks.start(b), blocks.length(b), factor, panel, sum, ld,
-                                    rows);
+                                    rows, b + 1 < blocks.count ? blocks.length(b + 1) : 0);
         };
         return parallel(ceil_div(blocks.count, per_task), threads, task);
     }

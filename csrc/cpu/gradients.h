@@ -22,42 +22,55 @@ FF_INLINE float from_f16(uint16_t h) {
     return from_bits(bits | static_cast<uint32_t>(h & 0x8000) << 16);
 }
 
-// out[0..n) <- grads[row, column .. column + n).
-template <class T>
-inline void read_row(const Gradients& g, int64_t row, int64_t column, int64_t n, T* __restrict__ out) {
+// The value of a gradient as the arithmetic sees it, by the type it is stored in; the two halves are both uint16_t in
+// memory and told apart by their own struct.
+struct Half {
+    uint16_t bits;
+};
+struct Brain {
+    uint16_t bits;
+};
+FF_INLINE float value(float x) { return x; }
+FF_INLINE double value(double x) { return x; }
+FF_INLINE float value(Half x) { return from_f16(x.bits); }
+FF_INLINE float value(Brain x) { return from_bf16(x.bits); }
+
+// Calls body with a pointer to grads[row, column], typed as stored.
+template <class F>
+FF_INLINE void with_source(const Gradients& g, int64_t row, int64_t column, F body) {
     const int64_t at = row * g.row_stride + column;
     switch (g.dtype) {
-        case DType::f32: {
-            const float* p = static_cast<const float*>(g.data) + at;
-            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
-            break;
-        }
-        case DType::f64: {
-            const double* p = static_cast<const double*>(g.data) + at;
-            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(p[i]);
-            break;
-        }
-        case DType::f16: {
-            const uint16_t* p = static_cast<const uint16_t*>(g.data) + at;
-            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_f16(p[i]));
-            break;
-        }
-        case DType::bf16: {
-            const uint16_t* p = static_cast<const uint16_t*>(g.data) + at;
-            for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(from_bf16(p[i]));
-            break;
-        }
+        case DType::f32: return body(static_cast<const float*>(g.data) + at);
+        case DType::f64: return body(static_cast<const double*>(g.data) + at);
+        case DType::f16: return body(static_cast<const Half*>(g.data) + at);
+        case DType::bf16: return body(static_cast<const Brain*>(g.data) + at);
     }
 }
 
-// panel [rows, ld] <- grads[row .. row + rows, column .. column + n), zero-padded to `width` columns.
+// out[0..n) <- grads[row, column .. column + n).
+template <class T>
+inline void read_row(const Gradients& g, int64_t row, int64_t column, int64_t n, T* __restrict__ out) {
+    with_source(g, row, column, [=](const auto* source) {
+        for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(value(source[i]));
+    });
+}
+
+// panel [rows, ld] <- grads[row .. row + rows, column .. column + n), zero-padded to `width` columns. The next `ahead`
+// columns of the same rows are asked for meanwhile: rows lie pages apart, which the hardware's own prefetcher does not
+// follow.
 template <class T>
 inline void pack_rows(const Gradients& g, int64_t row, int64_t rows, int64_t column, int64_t n, T* panel, int64_t ld,
-                      int64_t width) {
-    for (int64_t r = 0; r < rows; ++r) {
-        read_row(g, row + r, column, n, panel + r * ld);
-        fill_zero(panel + r * ld + n, width - n);
-    }
+                      int64_t width, int64_t ahead = 0) {
+    with_source(g, row, column, [=](const auto* source) {
+        constexpr int64_t line = 64 / sizeof(*source);
+        for (int64_t r = 0; r < rows; ++r) {
+            const auto* __restrict__ from = source + r * g.row_stride;
+            T* __restrict__ to = panel + r * ld;
+            for (int64_t i = 0; i < ahead; i += line) __builtin_prefetch(from + n + i, 0, 2);
+            for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(value(from[i]));
+            for (int64_t i = n; i < width; ++i) to[i] = T(0);
+        }
+    });
 }
 
 // panel [columns, ld] <- the transpose of grads[row .. row + rows, column .. column + columns), zero-padded to `width`

@@ -8,35 +8,33 @@
 namespace ff {
 namespace FF_NAMESPACE {
 
-// Columns [j, j + VECTORS * W) of F [n, .]: F -= u u^T, then next = F^T g there; u or g may be null (skipped).
-template <class T, int VECTORS>
+// Columns [j, j + VECTORS * W) of F [n, .]: with UPDATE, F -= u u^T; then with MULTIPLY, next = F^T g there.
+template <class T, int VECTORS, bool UPDATE, bool MULTIPLY>
 FF_INLINE void step_strip(T* F, int64_t ld, int64_t n, int64_t j, const T* u, const T* g, T* next) {
-    Vec<T> acc[VECTORS] = {}, uj[VECTORS] = {};
-    if (u)
-        for (int v = 0; v < VECTORS; ++v) uj[v] = vec(u + j + v * W<T>);
+    Vec<T> acc[VECTORS] = {}, uj[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) uj[v] = vec(u + j + v * W<T>);
     for (int64_t i = 0; i < n; ++i) {
         T* row = F + i * ld + j;
-        const T ui = u ? u[i] : T(0), gi = g ? g[i] : T(0);
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
             Vec<T> f = vec(row + v * W<T>);
-            if (u) {
-                f -= ui * uj[v];
-                vec(row + v * W<T>) = f;
-            }
-            acc[v] += gi * f;
+            if (UPDATE) vec(row + v * W<T>) = f -= u[i] * uj[v];
+            if (MULTIPLY) acc[v] += g[i] * f;
         }
     }
-    if (next)
-        for (int v = 0; v < VECTORS; ++v) vec(next + j + v * W<T>) = acc[v];
+    if (!MULTIPLY) return;
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) vec(next + j + v * W<T>) = acc[v];
 }
 
-template <class T>
-inline void step(T* F, int64_t ld, int64_t n, const T* u, const T* g, T* next) {
+template <class T, bool UPDATE, bool MULTIPLY>
+inline void step(T* __restrict__ F, int64_t ld, int64_t n, const T* __restrict__ u, const T* __restrict__ g,
+                 T* __restrict__ next) {
     const int64_t np = padded<T>(n), wide = 4 * W<T>;
     int64_t j = 0;
-    for (; j + wide <= np; j += wide) step_strip<T, 4>(F, ld, n, j, u, g, next);
-    for (; j < np; j += W<T>) step_strip<T, 1>(F, ld, n, j, u, g, next);
+    for (; j + wide <= np; j += wide) step_strip<T, 4, UPDATE, MULTIPLY>(F, ld, n, j, u, g, next);
+    for (; j < np; j += W<T>) step_strip<T, 1, UPDATE, MULTIPLY>(F, ld, n, j, u, g, next);
 }
 
 template <class T>
@@ -48,26 +46,24 @@ inline void sherman_morrison_block(T* f_inv, int64_t B, const Gradients& grads, 
         fill_zero(F + i * ld + n, np - n);
     }
     fill_zero(u, np);
-    const T* before = nullptr;  // the update still owed to F
+    bool owed = false;  // the last gradient's update is applied together with the next gradient's product
     for (int64_t k = 0; k < grads.rows; k += rows_at_once) {
         const int64_t rows = min(rows_at_once, grads.rows - k);
         pack_rows(grads, k, rows, start, n, panel, ld, np);
         for (int64_t r = 0; r < rows; ++r) {
             const T* g = panel + r * ld;
-            if (before) {
-                step<T>(F, ld, n, before, g, v);
+            if (owed) {
+                step<T, true, true>(F, ld, n, u, g, v);
             } else {
-                step<T>(F, ld, n, nullptr, g, v);
+                step<T, false, true>(F, ld, n, u, g, v);
             }
-            double dot = 0;
-            for (int64_t i = 0; i < n; ++i) dot += static_cast<double>(g[i]) * static_cast<double>(v[i]);
             // One factor for both sides keeps F symmetric to the bit; a lost denominator turns the block into NaN.
-            const T root = T(1) / std::sqrt(m + static_cast<T>(dot));
+            const T root = T(1) / std::sqrt(m + static_cast<T>(dot<double>(g, v, n)));
             for (int64_t i = 0; i < np; ++i) u[i] = v[i] * root;
-            before = u;
+            owed = true;
         }
     }
-    if (before) step<T>(F, ld, n, before, nullptr, nullptr);
+    step<T, true, false>(F, ld, n, u, u, v);
     for (int64_t i = 0; i < n; ++i) std::memcpy(f_inv + i * B, F + i * ld, static_cast<size_t>(n) * sizeof(T));
 }
 

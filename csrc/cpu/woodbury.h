@@ -5,7 +5,8 @@
 namespace ff {
 namespace FF_NAMESPACE {
 
-constexpr int64_t SLAB = 64;  // gradients per capacitance: wide enough for the tiles, small beside the block
+// Gradients per capacitance: enough to fill the tiles; the work on the capacitance itself grows with it.
+constexpr int64_t SLAB = 32;
 
 template <class T>
 struct WoodburyScratch {
