@@ -7,7 +7,7 @@ along its first dimension.  The loader is read once, in its own order, and never
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ def known_samples(data: Any) -> int | None:
     """How many samples the loader will yield, where that can be told without reading it."""
     if isinstance(data, DataLoader):
         # batch_size None: a custom batch sampler or no batching at all, whose sizes only reading would tell
-        if data.batch_size is None or not hasattr(data.sampler, "__len__"):
+        if data.batch_size is None or not isinstance(data.sampler, Sized):
             return None
         samples = len(data.sampler)
         return samples - samples % data.batch_size if data.drop_last else samples
@@ -156,7 +156,7 @@ class SampleReader:
             for leaf in samples.leaves:
                 self._hash.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
                 raw = leaf.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-                self._hash.update(raw.numpy())
+                self._hash.update(raw.numpy().data)
             if len(samples):
                 return samples
         return None

@@ -296,7 +296,7 @@ class FisherAccumulator:
         self.form = choose_form(form, num_grads, layout.block_size)
         if self.form in ("rank1", "woodbury") and damping_mode == "relative":
             raise FastFisherError(
-                f"damping_mode='relative' is known after the last gradient only, form={form!r} needs it before the first"
+                f"form={form!r} needs the damping before the first gradient, got damping_mode='relative'"
             )
         if dtype not in (torch.float32, torch.float64):
             raise FastFisherError(f"dtype must be float32 or float64, got {dtype}")

@@ -1,10 +1,9 @@
 """Building the states behind an inverse Fisher, and deciding per block whether float32 can be trusted.
 
-Whatever the form, a block whose estimated error exceeds TOLERANCE is redone in float64, and what float64
-cannot hold either is an error that names parameter, block and damping.  Two estimates are used.  A Cholesky
-inverse comes with the condition c of the diagonally scaled matrix, and its error is about eps * c * sqrt(B).
-The running inverse of the rank-1 and rank-k forms comes with nothing, so F⁻¹ (F p) is compared with p for a
-random vector p.
+Whatever the form, a block whose estimated error exceeds TOLERANCE is redone in float64, and what float64 cannot hold
+either is an error that names parameter, block and damping.  `_invert` states the estimate for an inverse by Cholesky,
+`_check_dual` the one for the dual form.  The running inverse of the rank-1 and rank-k forms comes with no estimate, so
+a `Probe` compares F⁻¹ (F p) with p for a random vector p.
 """
 
 from __future__ import annotations
@@ -121,15 +120,36 @@ def primal_parts(
 def _invert(shelf: _Shelf, fill: Fill, ids: Tensor, damping: float, condition: Tensor) -> Tensor:
     """Fill the next room of a shelf with F and invert it there; returns the blocks that did not pass."""
     state = shelf.room(len(ids))
-    estimate = torch.empty(len(ids), dtype=torch.float64, device=state.device)
+    scaled = torch.empty(len(ids), dtype=torch.float64, device=state.device)  # ‖A⁻¹‖_F
     fill(state, ids)
-    state.diagonal(dim1=1, dim2=2).add_(damping)
-    ops.spd_inverse_(state, estimate)
-    condition[ids] = estimate.cpu()
-    error = torch.finfo(state.dtype).eps * condition[ids] * math.sqrt(shelf.layout.block_size)
-    good = error <= TOLERANCE
+    diagonal = state.diagonal(dim1=1, dim2=2)
+    gram = diagonal.to(torch.float64, copy=True)  # diag F without the damping, [g, B]
+    diagonal.add_(damping)
+    ops.spd_inverse_(state, scaled)
+    condition[ids] = scaled.cpu()
+    good = (_cholesky_error(state, gram, damping, scaled) <= TOLERANCE).cpu()
     shelf.keep(ids, good)
     return ids[~good]
+
+
+def _cholesky_error(f_inv: Tensor, gram: Tensor, damping: float, scaled: Tensor) -> Tensor:
+    """Estimate the relative error of F⁻¹v, for the worst v, of inverses that came from a Gram matrix by Cholesky.
+
+    Rounding changes F by E with |E_jk| about u sqrt(f_j f_k), f = diag(F) without the damping: a weight whose gradient
+    is zero is decoupled exactly.  With v = F y the error is F⁻¹ E y, so it is at most about
+    u sqrt(B) ‖F⁻¹ diag(f)^½‖_F sqrt(max f); sqrt(B) for roundings that do not average out.  As
+    F⁻¹ = D^-½ A⁻¹ D^-½, that is at most u sqrt(B) ‖A⁻¹‖_F sqrt(max f / min D), which settles most blocks.
+    f_inv: [g, B, B].   gram: f, [g, B].   scaled: ‖A⁻¹‖_F, [g].   Returns float64 [g], not finite where F⁻¹ is not.
+    """
+    largest = gram.amax(dim=1)
+    smallest = gram.masked_fill(gram == 0, torch.inf).amin(dim=1) + damping
+    roundoff = torch.finfo(f_inv.dtype).eps / 2 * math.sqrt(f_inv.shape[1])
+    error = roundoff * scaled * (largest / smallest).sqrt()
+    doubtful = (error > TOLERANCE) & scaled.isfinite()
+    if doubtful.any():
+        columns = f_inv[doubtful].double() * gram[doubtful].sqrt()[:, None, :]
+        error[doubtful] = roundoff * columns.norm(dim=(1, 2)) * largest[doubtful].sqrt()
+    return error
 
 
 def running_parts(
