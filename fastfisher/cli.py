@@ -148,7 +148,7 @@ def number(value: object) -> object:
 
 
 def gather(call: Callable[..., Any], config: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a verb: file, then flags.  One file serves every verb, so keys of prune that `call` lacks are left.
+    """The settings of a verb: file, then flags.  One file serves every verb: keys of prune that `call` lacks are left.
 
     Raises FastFisherError on a key that no verb has, with the nearest names.
     """
