@@ -152,7 +152,12 @@ class FisherInverse:
         x = v.detach().to(wide).reshape(self.layout.num_weights, -1).contiguous()  # [d, n]
         out = torch.empty_like(x)
         for part in self.parts:
-            ops.block_matvec(part.state, part.blocks, x, out=out, factor=part.factor, damping=self.damping)
+            if part.refine:
+                self._refined_product(part, x, out)
+            else:
+                ops.block_matvec(
+                    part.state, part.blocks, x, out=out, factor=part.factor, damping=self.damping
+                )
         return out.reshape(v.shape)
 
     def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Any:
@@ -216,6 +221,7 @@ class FisherInverse:
                     "factor": part.factor,
                     "blocks": part.blocks,
                     "block_ids": part.block_ids,
+                    "refine": part.refine,
                 }
                 for part in self.parts
             ],
@@ -244,6 +250,23 @@ class FisherInverse:
                 )
             self._diagonal = diagonal
         return self._diagonal
+
+    def _refined_product(self, part: Part, x: Tensor, out: Tensor) -> None:
+        """out = F⁻¹ x of a dual part by two steps of y ← y + F⁻¹ (x − F y) in float64.   x, out: [d, n]."""
+        x = x.double()
+        residual, step, y = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+        ranges = part.blocks.tolist()
+        for last in (False, False, True):
+            ops.block_matvec(
+                part.state, part.blocks, residual, out=step, factor=part.factor, damping=self.damping
+            )
+            for start, stop in ranges:
+                y[start:stop] += step[start:stop]
+                if last:
+                    out[start:stop] = y[start:stop]
+                else:
+                    fisher_y = fisher_product(part.state, start, stop, y[start:stop], self.num_grads)
+                    residual[start:stop] = x[start:stop] - self.damping * y[start:stop] - fisher_y
 
     def _solve(self, weight: Tensor, part: Part, mask: Tensor) -> None:
         failed = torch.empty(len(part.blocks), dtype=torch.bool, device=weight.device)
@@ -426,6 +449,16 @@ def choose_form(form: str, num_rows: int, block_size: int) -> str:
     if form != "auto":
         return form
     return "primal" if num_rows >= block_size else "dual"
+
+
+def fisher_product(grads: Tensor, start: int, stop: int, y: Tensor, num_grads: int) -> Tensor:
+    """Gᵀ(G y)/m of one block in float64.   grads: [k, d].   y: float64 [stop - start, n]; returns the like."""
+    projections = torch.zeros(grads.shape[0], y.shape[1], dtype=torch.float64, device=grads.device)  # [k, n]
+    tiles = [(first, min(first + _TILE, stop)) for first in range(start, stop, _TILE)]
+    for first, last in tiles:
+        projections += grads[:, first:last].double() @ y[first - start : last - start]
+    pieces = [grads[:, first:last].double().T @ projections for first, last in tiles]
+    return torch.cat(pieces) / num_grads
 
 
 def sum_of_squares(grads: Tensor) -> float:

@@ -1,9 +1,9 @@
-"""Building the states behind an inverse Fisher, and deciding per block whether float32 can be trusted.
+"""Building the states behind an inverse Fisher, and deciding per block whether it can be trusted.
 
-Whatever the form, a block whose estimated error exceeds TOLERANCE is redone in float64, and what float64 cannot hold
-either is an error that names parameter, block and damping.  `_invert` states the estimate for an inverse by Cholesky,
-`_check_dual` the one for the dual form.  The running inverse of the rank-1 and rank-k forms comes with no estimate, so
-a `Probe` compares F⁻¹ (F p) with p for a random vector p.
+Whatever the form, a block whose estimated error exceeds TOLERANCE is redone as a float64 inverse of its Gram matrix,
+and what float64 cannot hold either is an error that names parameter, block and damping.  `_rounding_error` is the
+estimate for a stored inverse, `_dual_errors` the one for the dual form.  A running inverse (rank-1, rank-k) may be
+worse than its rounding, so a `Probe` compares F⁻¹ (F p) with p besides.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from torch import Tensor
 from fastfisher import ops
 from fastfisher.errors import FisherError
 from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.ops.memory import empty_state
 
-TOLERANCE = 1e-4  # largest relative error of diag F⁻¹ and of F⁻¹v that a block may be estimated to have
+# Largest relative error of diag F⁻¹ and of F⁻¹v that a block may be estimated to have.  The promise is 1e-4; measured
+# over gradients of many kinds the error is at most 2.5 times the estimate.
+TOLERANCE = 3e-5
+REFINE = 1e-6  # a dual product with a larger estimated error is refined, see Part.refine
+REFINABLE = 1e-2  # two steps of refinement take an error of this size below TOLERANCE
+LARGEST_MENDED_BLOCK = 4096  # a dual block of more weights than this is not worth B² float64 numbers
 GROUP_BYTES = 4 << 20  # states are filled and inverted in groups of this size, so that a group stays in cache
 
 Fill = Callable[[Tensor, Tensor], None]
@@ -33,12 +39,14 @@ class Part:
 
     state: primal [K, B, B], or with factor the gradients [k, d].   factor: None, or float64 [K, k, k].
     blocks: int64 [K, 2].   block_ids: int64 [K], which blocks of the layout these are.
+    refine: gradients so much larger than the damping that F⁻¹v, for v in their span, needs iterative refinement.
     """
 
     state: Tensor
     factor: Tensor | None
     blocks: Tensor
     block_ids: Tensor
+    refine: bool = False
 
     @property
     def kind(self) -> str:
@@ -99,87 +107,138 @@ def primal_parts(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[list[Part], Tensor]:
-    """Invert F = λ I + (1/m) Σ g gᵀ of every block in `dtype`, and once more in float64 where that is not
-    enough.
+    """Invert F = λ I + (1/m) Σ g gᵀ of every block in `dtype`, and once more in float64 where that is not enough.
 
     Returns the parts, one per dtype in use, and the scaled condition [K] of all blocks.
     Raises FisherError where float64 fails too.
     """
-    shelves = _shelves(layout, dtype, device)
+    shelf = _Shelf(layout, dtype, device)
+    mender = _Mender(layout, num_grads, damping, device)
     condition = torch.empty(layout.num_blocks, dtype=torch.float64)
     for first, last, fill in source:
-        left = block_ids(first, last)
-        for shelf in shelves:
-            if len(left):
-                left = _invert(shelf, fill, left, damping, condition)
-        if len(left):
-            raise broken(layout, int(left[0]), damping, num_grads)
-    return [shelf.part() for shelf in shelves if shelf.count], condition
+        ids = block_ids(first, last)
+        state = shelf.room(len(ids))
+        good, condition[first:last] = _invert(state, fill, ids, damping)
+        shelf.keep(ids, good)
+        if not good.all():
+            mender.mend(fill, ids[~good], condition, hopeless=dtype == torch.float64)
+    return [*shelf.parts(), *mender.parts()], condition
 
 
-def _invert(shelf: _Shelf, fill: Fill, ids: Tensor, damping: float, condition: Tensor) -> Tensor:
-    """Fill the next room of a shelf with F and invert it there; returns the blocks that did not pass."""
-    state = shelf.room(len(ids))
+def running_parts(
+    grads: Tensor, layout: BlockLayout, *, form: str, num_grads: int, damping: float
+) -> tuple[list[Part], Tensor]:
+    """Build F⁻¹ from I/λ by rank-1 steps or one rank-k step, prove every block by a probe, and mend those that fail.
+
+    Returns the parts and the condition [K], NaN where the running form was good enough, for it has no estimate.
+    Raises FisherError where float64 fails too.
+    """
+    shelf = _Shelf(layout, state_dtype(grads.dtype), grads.device)
+    mender = _Mender(layout, num_grads, damping, grads.device)
+    condition = torch.full((layout.num_blocks,), torch.nan, dtype=torch.float64)
+    probe = Probe(layout, grads.device)
+    probe.add(grads, num_grads)
+    blocks = layout.blocks.to(grads.device)
+    for first, last, fill in gram_source(grads, layout, num_grads):
+        ids = block_ids(first, last)
+        state = shelf.room(len(ids))
+        start_from_damping(state, damping)
+        running_step(form, state, grads, blocks[first:last], num_grads)
+        good = probe.passes(state, blocks[first:last], damping)
+        shelf.keep(ids, good)
+        if not good.all():
+            mender.mend(fill, ids[~good], condition)
+    return [*shelf.parts(), *mender.parts()], condition
+
+
+def dual_parts(
+    grads: Tensor, layout: BlockLayout, *, num_grads: int, damping: float
+) -> tuple[list[Part], Tensor]:
+    """Factor the capacitance C = m λ I + G Gᵀ of every block in float64 and keep the gradients as they are.
+
+    grads: [k, d], contiguous; they become part of the state.
+    Returns the parts, a second one where blocks had to be inverted in the primal form, and the scaled condition [K].
+    Raises FisherError where float64 is not enough.
+    """
+    k = grads.shape[0]
+    blocks = layout.blocks.to(grads.device)
+    factor = empty_state((layout.num_blocks, k, k), torch.float64, grads.device)
+    scaled = torch.empty(layout.num_blocks, dtype=torch.float64, device=grads.device)
+    ops.dual_factor_(factor, grads, blocks, num_grads, damping, scaled)
+    condition = scaled.cpu()
+    diagonal_error, product_error = _dual_errors(grads, factor, blocks, scaled, num_grads, damping)
+    good = ((diagonal_error <= TOLERANCE) & (product_error <= REFINABLE)).cpu()
+    refine = bool((product_error > REFINE).any())
+    ids = block_ids(0, layout.num_blocks)
+    if good.all():
+        return [Part(grads, factor, blocks, ids, refine)], condition
+    mender = _Mender(layout, num_grads, damping, grads.device)
+
+    def fill(state: Tensor, ids: Tensor) -> None:
+        ops.fisher_accumulate_(state.zero_(), grads, select(blocks, ids), num_grads)
+
+    for b in ids[~good]:
+        mender.mend(fill, b[None], condition, hopeless=layout.block_size > LARGEST_MENDED_BLOCK)
+    kept = ids[good]
+    dual = (
+        [Part(grads, factor[good.to(factor.device)], select(blocks, kept), kept, refine)] if len(kept) else []
+    )
+    return [*dual, *mender.parts()], condition
+
+
+def _invert(state: Tensor, fill: Fill, ids: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Fill a state with F and invert it; returns which blocks can be trusted and their scaled condition, both [g]."""
     scaled = torch.empty(len(ids), dtype=torch.float64, device=state.device)  # ‖A⁻¹‖_F
     fill(state, ids)
     diagonal = state.diagonal(dim1=1, dim2=2)
     gram = diagonal.to(torch.float64, copy=True)  # diag F without the damping, [g, B]
     diagonal.add_(damping)
     ops.spd_inverse_(state, scaled)
-    condition[ids] = scaled.cpu()
-    good = (_cholesky_error(state, gram, damping, scaled) <= TOLERANCE).cpu()
-    shelf.keep(ids, good)
-    return ids[~good]
+    # F⁻¹ = D^-½ A⁻¹ D^-½, so this bounds the estimate, and it settles most blocks without another look at the state
+    smallest = gram.masked_fill(gram == 0, torch.inf).amin(dim=1) + damping
+    error = _roundoff(state) * scaled * (gram.amax(dim=1) / smallest).sqrt()
+    doubtful = (error > TOLERANCE) & scaled.isfinite()
+    if doubtful.any():
+        error[doubtful] = _rounding_error(state[doubtful], gram[doubtful])
+    return (error <= TOLERANCE).cpu(), scaled.cpu()
 
 
-def _cholesky_error(f_inv: Tensor, gram: Tensor, damping: float, scaled: Tensor) -> Tensor:
-    """Estimate the relative error of F⁻¹v, for the worst v, of inverses that came from a Gram matrix by Cholesky.
+def _rounding_error(f_inv: Tensor, gram: Tensor) -> Tensor:
+    """Estimate the relative error of F⁻¹v for the worst v, when F or F⁻¹ was rounded.
 
     Rounding changes F by E with |E_jk| about u sqrt(f_j f_k), f = diag(F) without the damping: a weight whose gradient
     is zero is decoupled exactly.  With v = F y the error is F⁻¹ E y, so it is at most about
-    u sqrt(B) ‖F⁻¹ diag(f)^½‖_F sqrt(max f); sqrt(B) for roundings that do not average out.  As
-    F⁻¹ = D^-½ A⁻¹ D^-½, that is at most u sqrt(B) ‖A⁻¹‖_F sqrt(max f / min D), which settles most blocks.
-    f_inv: [g, B, B].   gram: f, [g, B].   scaled: ‖A⁻¹‖_F, [g].   Returns float64 [g], not finite where F⁻¹ is not.
+    u sqrt(B) ‖F⁻¹ diag(f)^½‖_F sqrt(max f); sqrt(B) for roundings that do not average out.
+    f_inv: [g, B, B].   gram: f, float64 [g, B].   Returns float64 [g].
     """
-    largest = gram.amax(dim=1)
-    smallest = gram.masked_fill(gram == 0, torch.inf).amin(dim=1) + damping
-    roundoff = torch.finfo(f_inv.dtype).eps / 2 * math.sqrt(f_inv.shape[1])
-    error = roundoff * scaled * (largest / smallest).sqrt()
-    doubtful = (error > TOLERANCE) & scaled.isfinite()
+    columns = f_inv.double() * gram.sqrt()[:, None, :]
+    return _roundoff(f_inv) * columns.norm(dim=(1, 2)) * gram.amax(dim=1).sqrt()
+
+
+def _roundoff(f_inv: Tensor) -> float:
+    return torch.finfo(f_inv.dtype).eps / 2 * math.sqrt(f_inv.shape[1])
+
+
+def _dual_errors(
+    grads: Tensor, factor: Tensor, blocks: Tensor, scaled: Tensor, num_grads: int, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Estimate the relative errors of diag F⁻¹ and of F⁻¹v in the dual form, both [K].
+
+    1 − Σᵢ Vᵢ², which is λ diag F⁻¹, is known to about eps ‖A⁻¹‖, A = C scaled to a unit diagonal; its smallest entry is
+    at least m λ / trace C, which settles most blocks without computing it.  F⁻¹v loses to cancellation, at worst for v
+    along the strongest gradients; eps ‖A⁻¹‖ sqrt(trace C / (m λ)) is what was measured.
+    """
+    error = torch.finfo(torch.float64).eps * scaled  # [K]
+    strength = factor.square().sum(dim=(1, 2)) / (num_grads * damping)  # trace C / (m λ), [K]
+    diagonal_error = error * strength
+    doubtful = (diagonal_error > TOLERANCE) & scaled.isfinite()
     if doubtful.any():
-        columns = f_inv[doubtful].double() * gram[doubtful].sqrt()[:, None, :]
-        error[doubtful] = roundoff * columns.norm(dim=(1, 2)) * largest[doubtful].sqrt()
-    return error
-
-
-def running_parts(
-    grads: Tensor, layout: BlockLayout, *, form: str, num_grads: int, damping: float
-) -> tuple[list[Part], Tensor]:
-    """Build F⁻¹ from I/λ by rank-1 steps or one rank-k step, prove every block by a probe, and mend those
-    that fail.
-
-    A failed block is inverted from its Gram matrix in float64.  Returns the parts and the condition [K], NaN
-    where the running form was good enough, for it has no estimate.
-    """
-    dtype, device = state_dtype(grads.dtype), grads.device
-    probe = Probe(layout, device)
-    probe.add(grads, num_grads)
-    shelves = _shelves(layout, dtype, device)
-    condition = torch.full((layout.num_blocks,), torch.nan, dtype=torch.float64)
-    blocks = layout.blocks.to(device)
-    for first, last, fill in gram_source(grads, layout, num_grads):
-        ids = block_ids(first, last)
-        state = shelves[0].room(len(ids))
-        start_from_damping(state, damping)
-        running_step(form, state, grads, select(blocks, ids), num_grads)
-        good = probe.passes(state, select(blocks, ids), damping)
-        shelves[0].keep(ids, good)
-        left = ids[~good]
-        if len(left):
-            left = _invert(shelves[-1], fill, left, damping, condition)
-        if len(left):
-            raise broken(layout, int(left[0]), damping, num_grads)
-    return [shelf.part() for shelf in shelves if shelf.count], condition
+        inv_diag = torch.empty(grads.shape[1], dtype=torch.float64, device=grads.device)
+        ranges = blocks[doubtful]
+        ops.inverse_diagonal(grads, ranges, out=inv_diag, factor=factor[doubtful], damping=damping)
+        smallest = torch.stack([inv_diag[start:stop].min() for start, stop in ranges.tolist()]) * damping
+        diagonal_error[doubtful] = torch.where(smallest > 0, error[doubtful] / smallest, torch.inf)
+    return diagonal_error, error * strength.sqrt()
 
 
 def start_from_damping(state: Tensor, damping: float) -> None:
@@ -193,46 +252,6 @@ def running_step(form: str, state: Tensor, grads: Tensor, blocks: Tensor, num_gr
     step(state, grads, blocks, num_grads)
 
 
-def dual_parts(
-    grads: Tensor, layout: BlockLayout, *, num_grads: int, damping: float
-) -> tuple[list[Part], Tensor]:
-    """Factor the capacitance C = m λ I + G Gᵀ of every block in float64 and keep the gradients as they are.
-
-    grads: [k, d], contiguous; they become part of the state.
-    Returns one part and the scaled condition [K].   Raises FisherError where float64 is not enough.
-    """
-    k = grads.shape[0]
-    blocks = layout.blocks.to(grads.device)
-    factor = torch.empty(layout.num_blocks, k, k, dtype=torch.float64, device=grads.device)
-    condition = torch.empty(layout.num_blocks, dtype=torch.float64, device=grads.device)
-    ops.dual_factor_(factor, grads, blocks, num_grads, damping, condition)
-    part = Part(grads, factor, blocks, block_ids(0, layout.num_blocks))
-    _check_dual(part, layout, condition, num_grads, damping)
-    return [part], condition.cpu()
-
-
-def _check_dual(part: Part, layout: BlockLayout, condition: Tensor, num_grads: int, damping: float) -> None:
-    """Raise unless 1 − Σᵢ Vᵢ², which is λ diag F⁻¹, is known to TOLERANCE: its error is about eps times
-    condition.
-
-    λ diag F⁻¹ >= m λ / trace C settles most cases without computing it.
-    """
-    assert part.factor is not None
-    error = torch.finfo(torch.float64).eps * condition  # [K]
-    trace = part.factor.square().sum(dim=(1, 2))  # [K]
-    doubtful = ~(error * trace / (num_grads * damping) <= TOLERANCE)
-    if not doubtful.any():
-        return
-    ids = doubtful.nonzero().squeeze(1)
-    diagonal = torch.empty(part.state.shape[1], dtype=torch.float64, device=part.state.device)
-    ranges = part.blocks[ids]
-    ops.inverse_diagonal(part.state, ranges, out=diagonal, factor=part.factor[ids], damping=damping)
-    for b, (start, stop) in zip(ids.tolist(), ranges.tolist(), strict=True):
-        smallest = float(diagonal[start:stop].min()) * damping
-        if not float(error[b]) <= TOLERANCE * smallest:
-            raise broken(layout, b, damping, num_grads)
-
-
 def broken(layout: BlockLayout, b: int, damping: float, num_grads: int) -> FisherError:
     """The error for a block that float64 cannot invert."""
     return FisherError(
@@ -243,7 +262,7 @@ def broken(layout: BlockLayout, b: int, damping: float, num_grads: int) -> Fishe
 
 
 class Probe:
-    """A random vector p and F p, gathered beside a running inverse to test it.
+    """A random vector p, F p and diag F, gathered beside a running inverse to test it.
 
     The residual of F⁻¹ (F p) = p is the relative error of F⁻¹v for a v = F p in the span of the gradients.
     """
@@ -253,6 +272,7 @@ class Probe:
         p = torch.randn(layout.num_weights, dtype=torch.float64, generator=generator)
         self.p = p.to(device)  # [d]
         self.fisher_p = torch.zeros_like(self.p)  # (1/m) Σ g gᵀp without the damping, [d]
+        self.gram = torch.zeros_like(self.p)  # (1/m) Σ g², [d]
         self.ranges = layout.blocks.tolist()
 
     def add(self, grads: Tensor, num_grads: int) -> None:
@@ -260,20 +280,24 @@ class Probe:
         for start, stop in self.ranges:
             G = grads[:, start:stop].double()  # [k, n]
             self.fisher_p[start:stop] += G.T @ (G @ self.p[start:stop]) / num_grads
+            self.gram[start:stop] += G.square().sum(dim=0) / num_grads
 
     def passes(self, state: Tensor, blocks: Tensor, damping: float) -> Tensor:
-        """Which blocks [K] of a primal state are finite, positive, at most I/λ, and take F p back to p."""
+        """Which blocks [K] of a primal state are positive, at most I/λ, take F p back to p, and survive rounding."""
         v = self.fisher_p + damping * self.p  # [d]
         back = torch.full_like(v, torch.nan)
-        diagonal = torch.full_like(v, torch.nan)
+        inv_diag = torch.full_like(v, torch.nan)
         ops.block_matvec(state, blocks, v[:, None], out=back[:, None])
-        ops.inverse_diagonal(state, blocks, out=diagonal)
+        ops.inverse_diagonal(state, blocks, out=inv_diag)
         good = torch.empty(len(blocks), dtype=torch.bool)
         for b, (start, stop) in enumerate(blocks.tolist()):
-            p, diag = self.p[start:stop], diagonal[start:stop] * damping
-            residual = (back[start:stop] - p).norm() / p.norm()
-            positive = diag.min() > 0 and diag.max() <= 1 + 10 * TOLERANCE
-            good[b] = bool(residual <= TOLERANCE / 4) and bool(positive)
+            n = stop - start
+            residual = (back[start:stop] - self.p[start:stop]).norm() / self.p[start:stop].norm()
+            error = residual + _rounding_error(state[b : b + 1, :n, :n], self.gram[None, start:stop])[0]
+            scaled = inv_diag[start:stop] * damping
+            good[b] = (
+                bool(error <= TOLERANCE) and bool(scaled.min() > 0) and bool(scaled.max() <= 1 + TOLERANCE)
+            )
         return good
 
 
@@ -284,16 +308,14 @@ class _Shelf:
     """
 
     def __init__(self, layout: BlockLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self.layout, self.dtype, self.device = layout, dtype, device
-        self.buffer: Tensor | None = None
+        shape = (layout.num_blocks, layout.block_size, layout.block_size)
+        self.blocks = layout.blocks.to(device)
+        self.buffer = torch.empty(shape, dtype=dtype, device=device)
         self.ids: list[Tensor] = []
         self.count = 0
 
     def room(self, num_blocks: int) -> Tensor:
         """The next free blocks, [num_blocks, B, B], with anything in them."""
-        if self.buffer is None:
-            shape = (self.layout.num_blocks, self.layout.block_size, self.layout.block_size)
-            self.buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
         return self.buffer[self.count : self.count + num_blocks]
 
     def keep(self, ids: Tensor, good: Tensor) -> None:
@@ -306,14 +328,43 @@ class _Shelf:
         self.ids.append(ids[good])
         self.count += len(kept)
 
-    def part(self) -> Part:
-        """What was kept."""
-        assert self.buffer is not None
+    def parts(self) -> list[Part]:
+        """What was kept, as one part or none."""
+        if self.count == 0:
+            return []
         ids = torch.cat(self.ids)
-        return Part(self.buffer[: self.count], None, select(self.layout.blocks.to(self.device), ids), ids)
+        return [Part(self.buffer[: self.count], None, select(self.blocks, ids), ids)]
 
 
-def _shelves(layout: BlockLayout, dtype: torch.dtype, device: torch.device) -> list[_Shelf]:
-    """One shelf for the dtype of the state, and one in float64 behind it for what that cannot hold."""
-    dtypes = [dtype] if dtype == torch.float64 else [dtype, torch.float64]
-    return [_Shelf(layout, one, device) for one in dtypes]
+class _Mender:
+    """Redoes single blocks as float64 inverses of their Gram matrices."""
+
+    def __init__(self, layout: BlockLayout, num_grads: int, damping: float, device: torch.device) -> None:
+        self.layout, self.num_grads, self.damping, self.device = layout, num_grads, damping, device
+        self.states: list[Tensor] = []
+        self.ids: list[Tensor] = []
+
+    def mend(self, fill: Fill, ids: Tensor, condition: Tensor, *, hopeless: bool = False) -> None:
+        """Invert the blocks `ids` and write their condition.   Raises FisherError where that fails, or is hopeless."""
+        if hopeless:
+            raise broken(self.layout, int(ids[0]), self.damping, self.num_grads)
+        size = self.layout.block_size
+        state = torch.empty(len(ids), size, size, dtype=torch.float64, device=self.device)
+        good, condition[ids] = _invert(state, fill, ids, self.damping)
+        if not good.all():
+            raise broken(self.layout, int(ids[~good][0]), self.damping, self.num_grads)
+        self.states.append(state)
+        self.ids.append(ids)
+
+    def parts(self) -> list[Part]:
+        """What was mended, as one part or none; the pieces are freed while they are put together."""
+        if not self.ids:
+            return []
+        ids = torch.cat(self.ids)
+        state = torch.empty(len(ids), *self.states[0].shape[1:], dtype=torch.float64, device=self.device)
+        first = 0
+        while self.states:
+            piece = self.states.pop(0)
+            state[first : first + len(piece)] = piece
+            first += len(piece)
+        return [Part(state, None, select(self.layout.blocks.to(self.device), ids), ids)]
