@@ -222,11 +222,11 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield update
 
 
-def table(title: str, *columns: str, rows: Iterable[Iterable[object]]) -> None:
-    """Print a table to standard output; the first column is flush left, the others flush right."""
+def table(title: str, *columns: str, rows: Iterable[Iterable[object]], left: int = 1) -> None:
+    """Print a table to standard output; the first `left` columns are flush left, the others flush right."""
     out = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        out.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        out.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         out.add_row(*map(str, row))
     Console().print(out)
@@ -412,7 +412,8 @@ def doctor() -> None:
     with exit_codes():
         findings = examine()
     marks = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
-    table("fastfisher", "", "state", "", rows=((f.subject, marks[f.state], f.sentence) for f in findings))
+    rows = ((finding.subject, marks[finding.state], finding.sentence) for finding in findings)
+    table("fastfisher", "", "state", "", rows=rows, left=3)
     print("environment variables:")
     for variable in environment.VARIABLES:
         print(f"  {variable.name}: {variable.sentence}")

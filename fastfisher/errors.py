@@ -13,3 +13,7 @@ class FisherError(FastFisherError, ArithmeticError):
 
 class BackendError(FastFisherError, RuntimeError):
     """A backend that was asked for by name cannot run this call; the message holds its reason."""
+
+
+class DoesNotFitError(FastFisherError, MemoryError):
+    """A run that would need more memory than there is; the message names the largest block that fits."""

@@ -1,0 +1,223 @@
+"""The command line: every verb on a small network, its exit codes, its speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastfisher as ff
+from fastfisher import cli, doctor
+from fastfisher.errors import FastFisherError, FisherError
+from fastfisher.report import Report
+
+ROOT = Path(__file__).resolve().parent.parent
+
+USER_MODULE = """
+import torch
+from torch import nn
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+def data():
+    torch.manual_seed(1)
+    return [(torch.randn(8, 6), torch.randint(0, 3, (8,))) for _ in range(8)]
+
+def score(model):
+    return {"norm": float(sum(p.norm() for p in model.parameters()))}
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a module of the user's."""
+    (tmp_path / "mine.py").write_text(USER_MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return tmp_path
+
+
+def run(*words: str, code: int = 0) -> None:
+    """Run one command in this process and check its exit code."""
+    with pytest.raises(SystemExit) as left:
+        cli.app(list(words))
+    assert (left.value.code or 0) == code
+
+
+PRUNE = ("prune", "mine:model", "mine:data", "--sparsity", "0.5", "--num-grads", "32", "--block-size", "16")
+
+
+def test_prune_eval_and_report_work_on_the_same_folder(
+    user: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(*PRUNE, "--update", "joint", "--eval-fn", "mine:score", "--out", "run")
+    assert "50.00%" in capsys.readouterr().out
+    assert {"report.json", "layers.csv", "model.safetensors"} <= {path.name for path in Path("run").iterdir()}
+    saved = Report.load("run")
+    assert (saved.num_zeros, saved.update, saved.block_size) == (72, "joint", 16)
+
+    run("eval", "mine:model", "mine:data", "--weights", "run/model.safetensors", "--eval-fn", "mine:score")
+    shown = capsys.readouterr().out
+    assert "72" in shown
+    assert f"{saved.pruned['norm']:.4f}" in shown
+    assert "accuracy" in shown
+
+    run("report", "run")
+    assert "woodfisher, global scope" in capsys.readouterr().out
+
+
+def test_plan_tells_bytes(user: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("plan", "mine:model", "mine:data", "--sparsity", "0.5", "--num-grads", "32")
+    assert "144 weights" in capsys.readouterr().out
+
+
+def test_config_has_the_keys_of_the_python_call_and_flags_win(user: Path) -> None:
+    Path("run.yaml").write_text(
+        "model: mine:model\ndata: mine:data\nsparsity: 0.9\nnum_grads: 16\nblock_size: null\n"
+        "damping: 1e-4\nignore: ['2']\nout: run\n"
+    )
+    run("prune", "--config", "run.yaml", "--sparsity", "0.25")
+    saved = Report.load("run")
+    assert (saved.num_zeros, saved.num_weights, saved.block_size, saved.damping) == (24, 96, None, 1e-4)
+    run("eval", "--config", "run.yaml")  # keys that only prune has are left alone
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("prune", "mine:model", "mine:data"), "sparsity is missing"),
+        (("prune", "--sparsity", "0.5"), "model is missing"),
+        (
+            ("prune", "mine", "mine:data", "--sparsity", "0.5"),
+            "model must be package.module:function, got 'mine'",
+        ),
+        (("prune", "yours:model", "mine:data", "--sparsity", "0.5"), "yours cannot be imported"),
+        (("prune", "mine:modle", "mine:data", "--sparsity", "0.5"), "no function 'modle'. Closest: 'model'"),
+        (("prune", "mine:number", "mine:data", "--sparsity", "0.5"), "must return an nn.Module, got int"),
+        (("prune", "mine:model", "mine:data", "--sparsity", "50"), "got 50.0. Did you mean 0.50?"),
+        ((*PRUNE[:-1], "tiny"), "block_size must be a whole number or 'all', got 'tiny'"),
+        ((*PRUNE, "--weights", "none.safetensors"), "--weights none.safetensors does not load"),
+        (("report", "nowhere"), "no report at 'nowhere'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    user: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    run(*words, code=cli.BAD_INPUT)
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sparsty: 0.5\n", "unknown key 'sparsty' in run.yaml. Closest: 'sparsity'"),
+        ("- a list\n", "must hold keys and values, got list"),
+        ("a: [\n", "cannot be read"),
+    ],
+)
+def test_bad_config(user: Path, capsys: pytest.CaptureFixture[str], text: str, message: str) -> None:
+    Path("run.yaml").write_text(text)
+    run("prune", "--config", "run.yaml", code=cli.BAD_INPUT)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FastFisherError("bad"), cli.BAD_INPUT),
+        (FisherError("block 3"), cli.NUMERICAL),
+        (MemoryError(), cli.NO_MEMORY),
+        (torch.OutOfMemoryError("full"), cli.NO_MEMORY),
+    ],
+)
+def test_exit_codes_tell_the_errors_apart(
+    user: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise error
+
+    broken.__signature__ = __import__("inspect").signature(ff.prune)  # type: ignore[attr-defined]
+    monkeypatch.setattr(ff, "prune", broken)
+    run(*PRUNE, code=code)
+
+
+def test_what_does_not_fit_in_memory_has_its_own_exit_code(user: Path) -> None:
+    Path("run.yaml").write_text("memory_limit: 2 kB\n")
+    run(*PRUNE, "--config", "run.yaml", code=cli.NO_MEMORY)
+    run("plan", *PRUNE[1:], "--config", "run.yaml", code=cli.NO_MEMORY)
+
+
+def test_unexpected_errors_keep_their_traceback(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "build_data", lambda given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.app([*PRUNE])
+
+
+@pytest.mark.parametrize("verb", [(), ("prune",), ("plan",), ("eval",), ("report",), ("doctor",)])
+def test_help_is_quick_and_documents_the_exit_codes(verb: tuple[str, ...]) -> None:
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-m", "fastfisher.cli", *verb, "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "COLUMNS": "200"},
+            check=True,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Time on the processor: the clock on the wall would measure what else the machine does.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
+    assert "2 bad input" in done.stdout
+    # flags are the lines whose first word, behind the frame, is a long option
+    assert sum(line.strip("│ ").startswith("--") for line in done.stdout.splitlines()) < 15
+
+
+def test_doctor_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.app(["doctor"])
+    shown = capsys.readouterr().out
+    assert "native kernels" in shown
+    assert "FASTFISHER_NUM_THREADS" in shown
+
+
+def test_doctor_repeats_the_reason_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ModuleNotFoundError("No module named 'fastfisher._native'")
+    reason = SimpleNamespace(REASON="no C++ compiler was found")
+    monkeypatch.setitem(sys.modules, "fastfisher._native", None)
+    monkeypatch.setitem(sys.modules, "fastfisher._build_info", reason)
+    assert doctor.native_reason(error) == "no C++ compiler was found"
+    (finding,) = [found for found in doctor.examine() if found.subject == "native kernels"]
+    assert (finding.state, "no C++ compiler was found" in finding.sentence) == ("problem", True)
+    reason.REASON = ""
+    assert "does not load" in doctor.native_reason(error)
+    monkeypatch.setitem(sys.modules, "fastfisher._build_info", None)
+    assert "was not built" in doctor.native_reason(error)
+
+
+def test_doctor_recognises_a_torchvision_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("operator torchvision::nms does not exist")
+    assert "built for another torch" in doctor.torchvision_sentence(error)
+    assert doctor.torchvision_sentence(OSError("gone")).startswith("does not import (gone)")
+
+
+def test_report_json_is_json(user: Path) -> None:
+    run(*PRUNE, "--out", "run")
+    assert json.loads(Path("run/report.json").read_text())["size"] == 163
