@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 
 namespace py = pybind11;
 
@@ -60,6 +61,8 @@ PYBIND11_MODULE(_native, module) {
         for (const char* const* name = ff::available_isas(); *name; ++name) names.append(*name);
         return names;
     });
+
+    module.def("advise_huge_pages", [](Address memory, size_t bytes) { ff::advise_huge_pages(at<void>(memory), bytes); });
 
     module.def("sherman_morrison", [](const std::string& isa, int threads, bool is_double, Address f_inv, Gradients g,
                                       Blocks blocks, double num_grads) {

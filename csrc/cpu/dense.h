@@ -67,6 +67,15 @@ inline void gram_lower(int64_t K, const T* P, int64_t ldp, int64_t n, T* C, int6
         tile_row<T, SIGN>(K, P + i, ldp, P, ldp, C + i * ldc, ldc, min(i + MR, padded<T>(n)));
 }
 
+// Upper triangle of C[n, n] += P^T P on scratch matrices; some entries below the diagonal are written too.
+template <class T>
+inline void gram_upper(int64_t K, const T* P, int64_t ldp, int64_t n, T* C, int64_t ldc) {
+    for (int64_t i = 0; i < n; i += MR) {
+        const int64_t j = i / W<T> * W<T>;
+        tile_row<T, 1>(K, P + i, ldp, P + j, ldp, C + i * ldc + j, ldc, padded<T>(n) - j);
+    }
+}
+
 // Dot product, summed as Sum in a fixed order of sixteen partial sums.
 template <class Sum, class T>
 FF_INLINE Sum dot(const T* a, const T* b, int64_t n) {

@@ -66,7 +66,33 @@ inline double inverse_norm(int64_t k, const double* U, const double* diagonal) {
     return estimate < 1.0 / 0.0 ? estimate : 1.0 / 0.0;
 }
 
-inline double factor_block(double* C, const Gradients& g, int64_t start, int64_t n, double ridge, int threads) {
+// All of it for k <= SPAN: the matrix is summed and factored in scratch memory that a task sets up once.
+struct DualScratch {
+    explicit DualScratch(int64_t k)
+        : ld(leading<double>(k)), panel(DEPTH * ld), C(padded<double>(k) * ld), lines(MR * DEPTH), diagonal(k) {}
+    const int64_t ld;
+    Scratch<double> panel, C, lines, diagonal;
+};
+
+inline double factor_in_cache(double* U, const Gradients& g, int64_t start, int64_t n, double ridge, DualScratch& s) {
+    const int64_t k = g.rows, kp = padded<double>(k);
+    fill_zero<double>(s.C, kp * s.ld);
+    for (int64_t q = 0; q < n; q += DEPTH) {
+        const int64_t depth = min(DEPTH, n - q);
+        pack_transposed<double>(g, 0, k, start + q, depth, nullptr, s.panel, s.ld, kp, s.lines);
+        gram_upper<double>(depth, s.panel, s.ld, k, s.C, s.ld);
+    }
+    for (int64_t i = 0; i < kp; ++i) s.C[i * s.ld + i] += i < k ? ridge : 1.0;
+    for (int64_t i = 0; i < k; ++i) s.diagonal[i] = s.C[i * s.ld + i];
+    if (!cholesky<double>(k, s.C, s.ld)) return 1.0 / 0.0;
+    for (int64_t i = 0; i < k; ++i) {
+        fill_zero(U + i * k, i);
+        std::memcpy(U + i * k + i, s.C + i * s.ld + i, static_cast<size_t>(k - i) * sizeof(double));
+    }
+    return inverse_norm(k, U, s.diagonal);
+}
+
+inline double factor_large(double* C, const Gradients& g, int64_t start, int64_t n, double ridge, int threads) {
     const int64_t k = g.rows;
     dual_gram(C, g, start, n, nullptr, ridge, threads);
     Scratch<double> diagonal(k);
@@ -78,12 +104,23 @@ inline double factor_block(double* C, const Gradients& g, int64_t start, int64_t
 inline void dual_factor(double* factor, Gradients g, Blocks blocks, double num_grads, double damping,
                         double* condition, int threads) {
     const int64_t k = g.rows;
+    auto settle = [&](int64_t b, double value) {
+        condition[b] = value;
+        if (!(value < 1.0 / 0.0)) fill_nan(factor + b * k * k, k * k);
+    };
+    if (k <= SPAN) {
+        const int64_t per_task = blocks_per_task(blocks.count, threads);
+        auto task = [&](int64_t t) {
+            DualScratch s(k);
+            for (int64_t b = t * per_task; b < min(blocks.count, (t + 1) * per_task); ++b)
+                settle(b, factor_in_cache(factor + b * k * k, g, blocks.start(b), blocks.length(b), num_grads * damping, s));
+        };
+        return parallel(ceil_div(blocks.count, per_task), threads, task);
+    }
     const bool spread_blocks = blocks.count >= threads;
     auto task = [&](int64_t b) {
-        double* C = factor + b * k * k;
-        condition[b] = factor_block(C, g, blocks.start(b), blocks.length(b), num_grads * damping,
-                                    spread_blocks ? 1 : threads);
-        if (!(condition[b] < 1.0 / 0.0)) fill_nan(C, k * k);
+        settle(b, factor_large(factor + b * k * k, g, blocks.start(b), blocks.length(b), num_grads * damping,
+                               spread_blocks ? 1 : threads));
     };
     parallel(blocks.count, spread_blocks ? threads : 1, task);
 }

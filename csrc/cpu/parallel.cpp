@@ -2,11 +2,17 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <exception>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace ff {
 
@@ -37,6 +43,69 @@ void parallel_for(int64_t tasks, int threads, void (*body)(void*, int64_t), void
     work();
     for (auto& thread : others) thread.join();
     if (error) std::rethrow_exception(error);
+}
+
+namespace {
+
+constexpr size_t LARGEST_KEPT = 4u << 20;
+constexpr int KEPT = 16;
+
+struct Shelf {
+    struct Piece {
+        void* memory = nullptr;
+        size_t bytes = 0;
+    };
+    Piece pieces[KEPT];
+
+    ~Shelf() {
+        for (Piece& piece : pieces) std::free(piece.memory);
+    }
+};
+
+thread_local Shelf shelf;
+
+}  // namespace
+
+void* take_scratch(size_t bytes) {
+    Shelf::Piece* best = nullptr;
+    for (Shelf::Piece& piece : shelf.pieces)
+        if (piece.memory && piece.bytes == bytes) best = &piece;
+    if (best) {
+        void* memory = best->memory;
+        best->memory = nullptr;
+        return memory;
+    }
+    void* memory = std::aligned_alloc(64, bytes);
+    if (!memory) throw std::bad_alloc();
+    return memory;
+}
+
+void give_scratch(void* memory, size_t bytes) {
+    if (bytes <= LARGEST_KEPT) {
+        for (Shelf::Piece& piece : shelf.pieces) {
+            if (!piece.memory) {
+                piece.memory = memory;
+                piece.bytes = bytes;
+                return;
+            }
+        }
+        std::free(shelf.pieces[bytes / 64 % KEPT].memory);
+        shelf.pieces[bytes / 64 % KEPT].memory = memory;
+        shelf.pieces[bytes / 64 % KEPT].bytes = bytes;
+        return;
+    }
+    std::free(memory);
+}
+
+void advise_huge_pages(void* memory, size_t bytes) {
+#ifdef __linux__
+    constexpr uintptr_t HUGE = 2u << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + HUGE - 1) / HUGE * HUGE;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / HUGE * HUGE;
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
 }
 
 }  // namespace ff

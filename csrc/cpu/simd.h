@@ -6,9 +6,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -67,21 +65,20 @@ FF_INLINE int64_t leading(int64_t n) {
     return (ceil_div(padded<T>(n), line) | 1) * line;
 }
 
-// 64-byte aligned memory of one task.
+// 64-byte aligned memory of one task, with anything in it.
 template <class T>
 class Scratch {
    public:
-    explicit Scratch(int64_t count) {
-        const size_t bytes = (static_cast<size_t>(max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
-        data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
-        if (!data_) throw std::bad_alloc();
-    }
-    ~Scratch() { std::free(data_); }
+    explicit Scratch(int64_t count)
+        : bytes_((static_cast<size_t>(max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64),
+          data_(static_cast<T*>(take_scratch(bytes_))) {}
+    ~Scratch() { give_scratch(data_, bytes_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     operator T*() { return data_; }
 
    private:
+    size_t bytes_;
     T* data_;
 };
 
