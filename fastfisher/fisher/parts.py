@@ -229,7 +229,7 @@ def _dual_errors(
     along the strongest gradients; eps ‖A⁻¹‖ sqrt(trace C / (m λ)) is what was measured.
     """
     error = torch.finfo(torch.float64).eps * scaled  # [K]
-    strength = factor.square().sum(dim=(1, 2)) / (num_grads * damping)  # trace C / (m λ), [K]
+    strength = torch.linalg.vector_norm(factor, dim=(1, 2)) ** 2 / (num_grads * damping)  # trace C / (m λ), [K]
     diagonal_error = error * strength
     doubtful = (diagonal_error > TOLERANCE) & scaled.isfinite()
     if doubtful.any():
@@ -310,7 +310,7 @@ class _Shelf:
     def __init__(self, layout: BlockLayout, dtype: torch.dtype, device: torch.device) -> None:
         shape = (layout.num_blocks, layout.block_size, layout.block_size)
         self.blocks = layout.blocks.to(device)
-        self.buffer = torch.empty(shape, dtype=dtype, device=device)
+        self.buffer = empty_state(shape, dtype, device)
         self.ids: list[Tensor] = []
         self.count = 0
 
