@@ -182,10 +182,15 @@ class Report:
     def from_dict(cls, content: Mapping[str, Any]) -> Report:
         """The inverse of to_dict."""
         fields = {key: value for key, value in content.items() if key in cls.__dataclass_fields__}
-        known = LayerRow.__dataclass_fields__
         fields["layers"] = [
             LayerRow(
-                **{k: tuple(v) if k in ("shape", "tied_to") else v for k, v in layer.items() if k in known}
+                layer["name"],
+                tuple(layer["shape"]),
+                layer["weights"],
+                layer["zeros_before"],
+                layer["zeros"],
+                layer["flops"],
+                tuple(layer["tied_to"]),
             )
             for layer in content["layers"]
         ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfisher.errors import FastFisherError
+from fastfisher.errors import DoesNotFitError, FastFisherError
 from fastfisher.fisher.batches import SampleReader
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, chunks, untouched
@@ -200,10 +200,10 @@ def byte_plan(
 def gradient_limit(
     layout: BlockLayout, settings: Settings, targets: Targets, memory_limit: int | str | None
 ) -> int:
-    """Bytes the gradients may take beside the Fisher.  Raises FastFisherError where the run does not fit."""
+    """Bytes the gradients may take beside the Fisher.  Raises DoesNotFitError where the run does not fit."""
     found, limit = byte_plan(layout, settings, targets, memory_limit)
     if not found.fits:
-        raise FastFisherError(found.refusal)
+        raise DoesNotFitError(found.refusal)
     return limit
 
 
@@ -289,8 +289,8 @@ def plan(
     block_size: int | None = 64,
     num_grads: int = 512,
     grad_batch_size: int = 1,
-    damping: float = 1e-5,
-    damping_mode: str = "absolute",
+    damping: float = 0.1,
+    damping_mode: str = "relative",
     update: str | None = "sum",
     targets: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
