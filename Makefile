@@ -13,33 +13,38 @@ TORCH ?= torch==2.13.0
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Without --no-compile pip would compile thousands of Python files that are never imported.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+# Ninja compiles only what changed, so this runs before everything that needs the extension.
+BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 CXX_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint bench test-sanitize build clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/demo.stamp build
+demo: $(VENV)/demo.stamp
+	$(BUILD)
 	$(BIN)/python examples/digits.py demo_output
 
 test: lint
+	$(BUILD)
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/test.stamp build
+lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-bench: $(VENV)/test.stamp build
+bench: $(VENV)/test.stamp
+	$(BUILD)
 	$(BIN)/python -m benchmarks.run
 
 test-sanitize: $(VENV)/build.stamp
 	$(BIN)/python tests/cpp/run.py
 
-# Ninja compiles only what changed, so this is not a file target.
 build: $(VENV)/build.stamp
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BUILD)
 
 clean:
 	rm -rf build dist *.egg-info demo_output fastfisher/_native*.so fastfisher/_build_info.py
@@ -52,10 +57,11 @@ $(VENV)/build.stamp: pyproject.toml
 	$(BIN)/python -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
 	touch $@
 
+# FASTFISHER_BUILD=none: the extension is built in place afterwards, and not a second time by pip.
 $(VENV)/demo.stamp: $(VENV)/build.stamp
-	$(PIP) --no-build-isolation --editable ".[cli,viz]" scikit-learn
+	FASTFISHER_BUILD=none $(PIP) --no-build-isolation --editable ".[cli,viz]" scikit-learn
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/build.stamp
-	$(PIP) --no-build-isolation --editable ".[dev]"
+	FASTFISHER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev]"
 	touch $@
