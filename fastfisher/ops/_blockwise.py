@@ -1,15 +1,42 @@
-"""What the references share: walking over blocks and over column tiles of one block."""
+"""What the references share: how they are registered, and walking over blocks and over column tiles of one block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from fastfisher.ops._registry import Implementation, implement
+
 # A block over a whole network has millions of columns; float64 copies of its gradients are made a tile at a
 # time.
 TILE = 4096
+
+
+def reference(name: str) -> Callable[[Implementation], Implementation]:
+    """Register the decorated function as the reference of an op; it runs on one thread.
+
+    The matrix routines behind torch round differently on another number of threads, and a result may not.
+    """
+
+    def register(function: Implementation) -> Implementation:
+        @functools.wraps(function)
+        def on_one_thread(*args: object) -> None:
+            threads = torch.get_num_threads()
+            if threads == 1:
+                function(*args)
+                return
+            torch.set_num_threads(1)
+            try:
+                function(*args)
+            finally:
+                torch.set_num_threads(threads)
+
+        return implement(name, "reference")(on_one_thread)
+
+    return register
 
 
 def ranges(blocks: Tensor) -> Iterator[tuple[int, int, int]]:

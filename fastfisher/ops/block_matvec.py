@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastfisher.ops import _checks
-from fastfisher.ops._blockwise import fisher_inverse_times, ranges
-from fastfisher.ops._registry import define, implement
+from fastfisher.ops._blockwise import fisher_inverse_times, ranges, reference
+from fastfisher.ops._registry import define
 
 
 def _check(
@@ -29,7 +29,7 @@ _op = define(
 )
 
 
-@implement("block_matvec", "reference")
+@reference("block_matvec")
 def _reference(
     state: Tensor, factor: Tensor | None, blocks: Tensor, damping: float, x: Tensor, out: Tensor
 ) -> None:

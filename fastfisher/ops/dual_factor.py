@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastfisher.ops import _checks
-from fastfisher.ops._blockwise import capacitance, ranges
-from fastfisher.ops._registry import define, implement
+from fastfisher.ops._blockwise import capacitance, ranges, reference
+from fastfisher.ops._registry import define
 
 
 def _check(
@@ -33,7 +33,7 @@ _op = define(
 )
 
 
-@implement("dual_factor_", "reference")
+@reference("dual_factor_")
 def _reference(
     factor: Tensor, grads: Tensor, blocks: Tensor, num_grads: int, damping: float, condition: Tensor
 ) -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastfisher.ops import _checks
-from fastfisher.ops._blockwise import ranges
-from fastfisher.ops._registry import define, implement
+from fastfisher.ops._blockwise import ranges, reference
+from fastfisher.ops._registry import define
 
 
 def _check(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
@@ -23,7 +23,7 @@ _op = define(
 )
 
 
-@implement("fisher_accumulate_", "reference")
+@reference("fisher_accumulate_")
 def _reference(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
     for b, start, stop in ranges(blocks):
         n = stop - start

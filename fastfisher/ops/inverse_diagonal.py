@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastfisher.ops import _checks
-from fastfisher.ops._blockwise import ranges, tiles
-from fastfisher.ops._registry import define, implement
+from fastfisher.ops._blockwise import ranges, reference, tiles
+from fastfisher.ops._registry import define
 
 
 def _check(state: Tensor, factor: Tensor | None, blocks: Tensor, damping: float, out: Tensor) -> None:
@@ -22,7 +22,7 @@ _op = define(
 )
 
 
-@implement("inverse_diagonal", "reference")
+@reference("inverse_diagonal")
 def _reference(state: Tensor, factor: Tensor | None, blocks: Tensor, damping: float, out: Tensor) -> None:
     for b, start, stop in ranges(blocks):
         if factor is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastfisher.ops import _checks
-from fastfisher.ops._registry import define, implement
+from fastfisher.ops._blockwise import reference
+from fastfisher.ops._registry import define
 
 
 def _check(weight: Tensor, inv_diag: Tensor, out: Tensor) -> None:
@@ -20,7 +21,7 @@ def _check(weight: Tensor, inv_diag: Tensor, out: Tensor) -> None:
 _op = define("obs_saliency(Tensor weight, Tensor inv_diag, Tensor(a!) out) -> ()", _check)
 
 
-@implement("obs_saliency", "reference")
+@reference("obs_saliency")
 def _reference(weight: Tensor, inv_diag: Tensor, out: Tensor) -> None:
     out.copy_(weight.square() / (2 * inv_diag))
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastfisher.ops import _checks
-from fastfisher.ops._blockwise import capacitance, ranges, tiles
-from fastfisher.ops._registry import define, implement
+from fastfisher.ops._blockwise import capacitance, ranges, reference, tiles
+from fastfisher.ops._registry import define
 
 
 def _check(
@@ -40,7 +40,7 @@ _op = define(
 )
 
 
-@implement("obs_solve_", "reference")
+@reference("obs_solve_")
 def _reference(
     weight: Tensor,
     state: Tensor,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastfisher.ops import _checks
-from fastfisher.ops._blockwise import fisher_inverse_times, ranges
-from fastfisher.ops._registry import define, implement
+from fastfisher.ops._blockwise import fisher_inverse_times, ranges, reference
+from fastfisher.ops._registry import define
 
 
 def _check(
@@ -39,7 +39,7 @@ _op = define(
 )
 
 
-@implement("obs_update_", "reference")
+@reference("obs_update_")
 def _reference(
     weight: Tensor,
     state: Tensor,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastfisher.ops import _checks
-from fastfisher.ops._blockwise import ranges
-from fastfisher.ops._registry import define, implement
+from fastfisher.ops._blockwise import ranges, reference
+from fastfisher.ops._registry import define
 
 
 def _check(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
@@ -21,7 +21,7 @@ def _check(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None
 _op = define("sherman_morrison_(Tensor(a!) f_inv, Tensor grads, Tensor blocks, int num_grads) -> ()", _check)
 
 
-@implement("sherman_morrison_", "reference")
+@reference("sherman_morrison_")
 def _reference(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
     for b, start, stop in ranges(blocks):
         F_inv = f_inv[b, : stop - start, : stop - start]  # [n, n]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastfisher.ops import _checks
-from fastfisher.ops._registry import define, implement
+from fastfisher.ops._blockwise import reference
+from fastfisher.ops._registry import define
 
 
 def _check(matrix: Tensor, condition: Tensor) -> None:
@@ -20,7 +21,7 @@ def _check(matrix: Tensor, condition: Tensor) -> None:
 _op = define("spd_inverse_(Tensor(a!) matrix, Tensor(b!) condition) -> ()", _check)
 
 
-@implement("spd_inverse_", "reference")
+@reference("spd_inverse_")
 def _reference(matrix: Tensor, condition: Tensor) -> None:
     for b, M in enumerate(matrix):
         lower = M.tril()  # the upper triangle may hold anything

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastfisher.ops import _checks
-from fastfisher.ops._blockwise import ranges
-from fastfisher.ops._registry import define, implement
+from fastfisher.ops._blockwise import ranges, reference
+from fastfisher.ops._registry import define
 
 
 def _check(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
@@ -21,7 +21,7 @@ def _check(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None
 _op = define("woodbury_(Tensor(a!) f_inv, Tensor grads, Tensor blocks, int num_grads) -> ()", _check)
 
 
-@implement("woodbury_", "reference")
+@reference("woodbury_")
 def _reference(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
     k = grads.shape[0]
     eye = torch.eye(k, dtype=f_inv.dtype, device=f_inv.device)

@@ -1,0 +1,417 @@
+"""The first law: on every case, every backend of every op is about as close to float64 as its reference is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastfisher import ops
+from tests.cases import CASES, Case
+
+Args = list[object]
+DTYPES = (torch.float32, torch.float64)
+BACKENDS = ("native", "reference")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run on this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def poisoned(case: Case, dtype: torch.dtype) -> Tensor:
+    """A state [K, B, B] of NaN; what an op may read is written over it."""
+    return torch.full(
+        (len(case.blocks()), case.layout().block_size, case.layout().block_size), torch.nan, dtype=dtype
+    )
+
+
+def exact_state(case: Case, dtype: torch.dtype) -> Tensor:
+    """F⁻¹ of the case, computed in float64 and rounded; NaN in the padding."""
+    state = poisoned(case, dtype)
+    G = case.grads().double()
+    for b, (start, stop) in enumerate(case.blocks().tolist()):
+        n = stop - start
+        F = (
+            case.damping * torch.eye(n, dtype=torch.float64)
+            + G[:, start:stop].T @ G[:, start:stop] / case.num_grads
+        )
+        inverse = torch.linalg.inv(F)
+        state[b, :n, :n] = (inverse + inverse.T) / 2
+    return state
+
+
+def exact_factor(case: Case) -> Tensor:
+    """U of C = m λ I + G Gᵀ = Uᵀ U, float64."""
+    G = case.grads().double()
+    shift = case.num_grads * case.damping * torch.eye(case.num_rows, dtype=torch.float64)
+    blocks = case.blocks().tolist()
+    return torch.stack(
+        [torch.linalg.cholesky(shift + G[:, a:b] @ G[:, a:b].T).T.contiguous() for a, b in blocks]
+    )
+
+
+def vector(case: Case, dtype: torch.dtype, *shape: int, salt: int = 0) -> Tensor:
+    """Random numbers [d, *shape]."""
+    generator = torch.Generator().manual_seed(case.seed + salt)
+    return torch.randn(case.num_weights, *shape, generator=generator).to(dtype)
+
+
+def mask(case: Case) -> Tensor:
+    """Two of five weights removed at random."""
+    return vector(case, torch.float32, salt=5) > -0.25
+
+
+def exact_diagonal(case: Case, dtype: torch.dtype) -> Tensor:
+    """diag F⁻¹, 1 where a weight belongs to no block."""
+    diagonal = torch.ones(case.num_weights, dtype=dtype)
+    for b, (start, stop) in enumerate(case.blocks().tolist()):
+        diagonal[start:stop] = exact_state(case, dtype)[b].diagonal()[: stop - start]
+    return diagonal
+
+
+def running(case: Case, dtype: torch.dtype) -> Args:
+    """I/λ, gradients, blocks, m."""
+    state = poisoned(case, dtype)
+    for b, (start, stop) in enumerate(case.blocks().tolist()):
+        state[b, : stop - start, : stop - start] = torch.eye(stop - start) / case.damping
+    return [state, case.grads(), case.blocks(), case.num_grads]
+
+
+def gram(case: Case, dtype: torch.dtype) -> Args:
+    """A lower triangle to add to; the upper one and the padding are NaN."""
+    state = poisoned(case, dtype)
+    for b, (start, stop) in enumerate(case.blocks().tolist()):
+        rows, cols = torch.tril_indices(stop - start, stop - start)
+        state[b, rows, cols] = torch.linspace(-1, 1, len(rows)).to(dtype)
+    return [state, case.grads(), case.blocks(), case.num_grads]
+
+
+def matrices(case: Case, dtype: torch.dtype) -> Args:
+    """F with 1/λ-like padding in the lower triangle, NaN in the upper one; the condition is NaN before."""
+    G = case.grads().double()
+    state = poisoned(case, dtype)
+    lower = torch.tril_indices(state.shape[1], state.shape[1])
+    for b, (start, stop) in enumerate(case.blocks().tolist()):
+        F = case.damping * torch.eye(state.shape[1], dtype=torch.float64)
+        F[: stop - start, : stop - start] += G[:, start:stop].T @ G[:, start:stop] / case.num_grads
+        state[b, lower[0], lower[1]] = F[lower[0], lower[1]].to(dtype)
+    return [state, torch.full((len(state),), torch.nan, dtype=torch.float64)]
+
+
+def factors(case: Case, dtype: torch.dtype) -> Args:
+    """NaN to be overwritten; the condition is compared by a test of its own."""
+    factor = torch.full((len(case.blocks()), case.num_rows, case.num_rows), torch.nan, dtype=torch.float64)
+    condition = torch.full((len(case.blocks()),), torch.nan, dtype=torch.float64)
+    return [factor, case.grads(), case.blocks(), case.num_grads, case.damping, condition]
+
+
+def states(case: Case, dtype: torch.dtype, form: str) -> Args:
+    """state, factor, blocks, damping."""
+    if form == "primal":
+        return [exact_state(case, dtype), None, case.blocks(), 0.0]
+    return [case.grads(), exact_factor(case), case.blocks(), case.damping]
+
+
+def diagonals(form: str) -> Callable[[Case, torch.dtype], Args]:
+    """Arguments of inverse_diagonal."""
+    return lambda case, dtype: [
+        *states(case, dtype, form),
+        torch.full((case.num_weights,), torch.nan, dtype=dtype),
+    ]
+
+
+def products(form: str, columns: int) -> Callable[[Case, torch.dtype], Args]:
+    """Arguments of block_matvec."""
+
+    def make(case: Case, dtype: torch.dtype) -> Args:
+        x = vector(case, dtype, columns)
+        return [*states(case, dtype, form), x, torch.full_like(x, torch.nan)]
+
+    return make
+
+
+def saliencies(case: Case, dtype: torch.dtype) -> Args:
+    """Arguments of obs_saliency."""
+    w = vector(case, dtype)
+    return [w, vector(case, dtype, salt=1).abs() + 0.1, torch.full_like(w, torch.nan)]
+
+
+def updates(form: str) -> Callable[[Case, torch.dtype], Args]:
+    """Arguments of obs_update_."""
+    return lambda case, dtype: [
+        vector(case, dtype),
+        *states(case, dtype, form),
+        exact_diagonal(case, dtype),
+        mask(case),
+    ]
+
+
+def solves(form: str) -> Callable[[Case, torch.dtype], Args]:
+    """Arguments of obs_solve_."""
+
+    def make(case: Case, dtype: torch.dtype) -> Args:
+        state, factor, blocks, damping = states(case, dtype, form)
+        failed = torch.ones(len(case.blocks()), dtype=torch.bool)
+        return [vector(case, dtype), state, factor, blocks, case.num_grads, damping, mask(case), failed]
+
+    return make
+
+
+@dataclass(frozen=True)
+class Row:
+    """An op, how its arguments are made, and which of its outputs are compared as numbers."""
+
+    op: str
+    variant: str
+    make: Callable[[Case, torch.dtype], Args]
+    outputs: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.op}{self.variant}"
+
+
+ROWS = [
+    Row("sherman_morrison_", "", running, (0,)),
+    Row("woodbury_", "", running, (0,)),
+    Row("fisher_accumulate_", "", gram, (0,)),
+    Row("spd_inverse_", "", matrices, (0, 1)),
+    Row("dual_factor_", "", factors, (0,)),
+    Row("inverse_diagonal", " primal", diagonals("primal"), (4,)),
+    Row("inverse_diagonal", " dual", diagonals("dual"), (4,)),
+    Row("block_matvec", " primal", products("primal", 3), (5,)),
+    Row("block_matvec", " primal vector", products("primal", 1), (5,)),
+    Row("block_matvec", " dual", products("dual", 3), (5,)),
+    Row("obs_saliency", "", saliencies, (2,)),
+    Row("obs_update_", " primal", updates("primal"), (0,)),
+    Row("obs_update_", " dual", updates("dual"), (0,)),
+    Row("obs_solve_", " primal", solves("primal"), (0, 7)),
+    Row("obs_solve_", " dual", solves("dual"), (0, 7)),
+]
+
+
+def run(row: Row, args: Args, backend: str) -> list[Tensor]:
+    """The outputs of one backend on a copy of the arguments."""
+    copy = [
+        arg.clone() if isinstance(arg, Tensor) and i in ops.OPS[row.op].written else arg
+        for i, arg in enumerate(args)
+    ]
+    with ops.use_backend(backend):
+        getattr(torch.ops.fastfisher, row.op)(*copy)
+    return [copy[i] for i in ops.OPS[row.op].written]  # type: ignore[misc]
+
+
+def wide(args: Args) -> Args:
+    """The same arguments with every float tensor in float64."""
+    return [arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
+
+
+def perturbed(args: Args) -> Args:
+    """The same arguments with every float64 number off by a few roundings.
+
+    In float64 the reference is its own truth, so its error is measured by what such a change does to its result.
+    """
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.finfo(torch.float64).eps
+
+    def shake(x: Tensor) -> Tensor:
+        return x * (1 + 4 * eps * torch.randn(x.shape, generator=generator, dtype=torch.float64))
+
+    return [shake(arg) if isinstance(arg, Tensor) and arg.dtype == torch.float64 else arg for arg in args]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bitwise equal, NaN included."""
+    return torch.equal(torch.nan_to_num(a, 7.25), torch.nan_to_num(b, 7.25)) and torch.equal(
+        a.isnan(), b.isnan()
+    )
+
+
+def error(out: Tensor, truth: Tensor) -> float:
+    """The largest difference over the largest value, block by block for a state; NaN must stand in the same places."""
+    out, truth = out.double(), truth.double()
+    assert torch.equal(out.isnan(), truth.isnan())
+    groups = len(truth) if truth.ndim == 3 else 1
+    difference = (out - truth).nan_to_num(0).abs().reshape(groups, -1).amax(dim=1)
+    scale = truth.nan_to_num(0).abs().reshape(groups, -1).amax(dim=1)
+    return float((difference / scale.clamp(min=1e-300)).max())
+
+
+def available(row: Row, backend: str, args: Args) -> None:
+    """Skip where a backend is not built; anything else it refuses is a failure."""
+    reason = ops.OPS[row.op].why_not(backend, tuple(args))
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_is_at_most_twice_that_of_the_reference(case: Case, row: Row, backend: str) -> None:
+    for dtype in DTYPES:
+        args = row.make(case, dtype)
+        available(row, backend, args)
+        truth = run(row, wide(args), "reference")
+        reference = run(row, args if dtype == torch.float32 else perturbed(wide(args)), "reference")
+        out = run(row, args, backend)
+        eps = torch.finfo(dtype).eps
+        for position, i in enumerate(ops.OPS[row.op].written):
+            if i not in row.outputs:
+                continue
+            if out[position].dtype == torch.bool:
+                assert torch.equal(out[position], truth[position])
+                continue
+            allowed = 2 * error(reference[position], truth[position]) + 16 * eps
+            assert error(out[position], truth[position]) <= allowed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_repeated_and_on_two_threads_bitwise_equal(case: Case, row: Row, backend: str) -> None:
+    args = row.make(case, torch.float32)
+    available(row, backend, args)
+    with threads(1):
+        first, second = run(row, args, backend), run(row, args, backend)
+    with threads(2):
+        third = run(row, args, backend)
+    for one, two, three in zip(first, second, third, strict=True):
+        assert same(one, two)
+        assert same(one, three)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_dual_condition_lies_between_its_bounds(case: Case, backend: str) -> None:
+    row = next(row for row in ROWS if row.op == "dual_factor_")
+    args = row.make(case, torch.float32)
+    available(row, backend, args)
+    factor, condition = run(row, args, backend)
+    assert torch.equal(factor, factor.triu())
+    for U, estimate in zip(factor, condition.tolist(), strict=True):
+        C = U.T @ U
+        scale = C.diagonal().rsqrt()
+        inverse = torch.linalg.inv(scale[:, None] * C * scale)
+        lower = float(torch.linalg.matrix_norm(inverse, 2)) / 4
+        assert lower * (1 - 1e-6) <= estimate <= float(inverse.norm()) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [-1.0, 0.0, torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [1, 5, 40, 300])
+def test_inverse_fills_a_failed_block_with_nan(
+    backend: str, dtype: torch.dtype, bad: float, size: int
+) -> None:
+    matrix = torch.eye(size, dtype=dtype).repeat(3, 1, 1) * 4
+    matrix[1, size // 2, size // 2] = bad
+    condition = torch.zeros(3, dtype=torch.float64)
+    available(ROWS[3], backend, [matrix, condition])
+    with ops.use_backend(backend):
+        ops.spd_inverse_(matrix, condition)
+    assert matrix[1].isnan().all()
+    assert condition[1] == torch.inf
+    assert torch.equal(matrix[::2], torch.eye(size, dtype=dtype).repeat(2, 1, 1) / 4)
+    torch.testing.assert_close(condition[::2], torch.full((2,), size**0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_dual_factor_fills_a_failed_block_with_nan(backend: str, bad: float) -> None:
+    grads = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    grads[2, 15] = bad
+    blocks = torch.tensor([[0, 10], [10, 20], [20, 30]])
+    factor, condition = torch.zeros(3, 4, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    available(ROWS[4], backend, [factor, grads, blocks, 4, 0.1, condition])
+    with ops.use_backend(backend):
+        ops.dual_factor_(factor, grads, blocks, 4, 0.1, condition)
+    assert factor[1].isnan().all()
+    assert condition[1] == torch.inf
+    assert factor[::2].isfinite().all()
+    assert condition[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_woodbury_fills_a_failed_block_with_nan(backend: str) -> None:
+    f_inv = torch.eye(10).repeat(2, 1, 1)
+    f_inv[0] *= -100  # no inverse Fisher: the capacitance becomes negative
+    grads, blocks = torch.ones(3, 20), torch.tensor([[0, 10], [10, 20]])
+    available(ROWS[1], backend, [f_inv, grads, blocks, 3])
+    with ops.use_backend(backend):
+        ops.woodbury_(f_inv, grads, blocks, 3)
+    assert f_inv[0].isnan().all()
+    assert f_inv[1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_joint_update_leaves_a_failed_block_alone(backend: str, form: str) -> None:
+    weight = torch.arange(1.0, 21.0)
+    keep = torch.arange(20) % 2 == 0
+    blocks = torch.tensor([[0, 10], [10, 20]])
+    state, factor = torch.eye(10).repeat(2, 1, 1), None
+    if form == "primal":
+        state[0] = -state[0]
+    else:
+        state, factor = torch.ones(3, 20), torch.zeros(2, 3, 3, dtype=torch.float64)
+        state[1, 4] = torch.nan
+    failed = torch.zeros(2, dtype=torch.bool)
+    available(ROWS[13], backend, [weight, state, factor, blocks, 3, 0.1, keep, failed])
+    with ops.use_backend(backend):
+        ops.obs_solve_(weight, state, blocks, keep, failed, num_grads=3, factor=factor, damping=0.1)
+    assert failed.tolist() == [True, False]
+    assert torch.equal(weight[:10], torch.arange(1.0, 11.0))
+    assert torch.equal(weight[10:][~keep[10:]], torch.zeros(5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", ["obs_update_", "obs_solve_"])
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("keep_all", [True, False])
+def test_updates_with_everything_kept_or_removed(backend: str, op: str, form: str, keep_all: bool) -> None:
+    case = next(case for case in CASES if case.name == "gap")
+    row = next(row for row in ROWS if str(row) == f"{op} {form}")
+    args = row.make(case, torch.float32)
+    available(row, backend, args)
+    position = next(
+        i
+        for i, arg in enumerate(args)
+        if isinstance(arg, Tensor) and len(arg) == 100 and arg.dtype == torch.bool
+    )
+    args[position] = torch.full((100,), keep_all)
+    weight = run(row, args, backend)[0]
+    before = args[0]
+    assert isinstance(before, Tensor)
+    inside = torch.ones(100, dtype=torch.bool)
+    inside[25:50] = False
+    assert torch.equal(weight[~inside], before[~inside])
+    assert torch.equal(weight[inside], before[inside] if keep_all else torch.zeros(75))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["primal", "dual"])
+def test_state_and_weight_of_different_dtypes(backend: str, weight_dtype: torch.dtype, form: str) -> None:
+    case = next(case for case in CASES if case.name == "many tensors")
+    state_dtype = torch.float64 if weight_dtype == torch.float32 else torch.float32
+    for op, make in (("block_matvec", products(form, 2)), ("inverse_diagonal", diagonals(form))):
+        row = next(row for row in ROWS if row.op == op)
+        args = [*states(case, state_dtype, form), *make(case, weight_dtype)[4:]]
+        available(row, backend, args)
+        assert error(run(row, args, backend)[0], run(row, wide(args), "reference")[0]) <= 1e-6
+    for op, args in (
+        ("obs_update_", [vector(case, weight_dtype), *updates(form)(case, state_dtype)[1:]]),
+        ("obs_solve_", [vector(case, weight_dtype), *solves(form)(case, state_dtype)[1:]]),
+    ):
+        row = next(row for row in ROWS if str(row) == f"{op} {form}")
+        assert error(run(row, args, backend)[0], run(row, wide(args), "reference")[0]) <= 1e-5
