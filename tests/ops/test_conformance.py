@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastfisher import ops
+from fastfisher import environment, ops
+from fastfisher.kernels import native
 from tests.cases import CASES, Case
 
 Args = list[object]
@@ -254,10 +255,8 @@ def available(row: Row, backend: str, args: Args) -> None:
         pytest.skip(f"{backend}: {reason}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("row", ROWS, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_error_is_at_most_twice_that_of_the_reference(case: Case, row: Row, backend: str) -> None:
+def check_error(case: Case, row: Row, backend: str) -> None:
+    """The law, for both dtypes."""
     for dtype in DTYPES:
         args = row.make(case, dtype)
         available(row, backend, args)
@@ -273,6 +272,33 @@ def test_error_is_at_most_twice_that_of_the_reference(case: Case, row: Row, back
                 continue
             allowed = 2 * error(reference[position], truth[position]) + 16 * eps
             assert error(out[position], truth[position]) <= allowed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_is_at_most_twice_that_of_the_reference(case: Case, row: Row, backend: str) -> None:
+    check_error(case, row, backend)
+
+
+@pytest.mark.parametrize("isa", environment.ISAS)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_every_instruction_set(row: Row, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa not in native.isas():
+        pytest.skip(f"{isa} is not in this build or not on this processor")
+    monkeypatch.setenv(environment.ISA.name, isa)
+    for case in CASES:
+        if case.name in (
+            "B3",
+            "B17",
+            "B50",
+            "k33",
+            "many tensors",
+            "misaligned",
+            "float16",
+            "bfloat16 misaligned",
+        ):
+            check_error(case, row, "native")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,256 @@
+"""Bad input to every op: one sentence with the value, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastfisher import ops
+from fastfisher.errors import FastFisherError
+
+BLOCKS = torch.tensor([[0, 4], [4, 7]])
+
+
+def valid() -> dict[str, dict[str, object]]:
+    """Arguments of every op by name: 7 weights, 2 blocks of up to 4, 3 gradients of 5."""
+    state = torch.eye(4).repeat(2, 1, 1)
+    grads = torch.ones(3, 7)
+    factor = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    condition = torch.zeros(2, dtype=torch.float64)
+    w, keep = torch.ones(7), torch.ones(7, dtype=torch.bool)
+    either = {"state": state, "factor": None, "blocks": BLOCKS, "damping": 0.1}
+    return {
+        "sherman_morrison_": {"f_inv": state, "grads": grads, "blocks": BLOCKS, "num_grads": 5},
+        "woodbury_": {"f_inv": state, "grads": grads, "blocks": BLOCKS, "num_grads": 5},
+        "fisher_accumulate_": {"fisher": state, "grads": grads, "blocks": BLOCKS, "num_grads": 5},
+        "spd_inverse_": {"matrix": state, "condition": condition},
+        "dual_factor_": {
+            "factor": factor,
+            "grads": grads,
+            "blocks": BLOCKS,
+            "num_grads": 5,
+            "damping": 0.1,
+            "condition": condition,
+        },
+        "inverse_diagonal": {**either, "out": torch.zeros(7)},
+        "block_matvec": {**either, "x": torch.ones(7, 2), "out": torch.zeros(7, 2)},
+        "obs_saliency": {"weight": w, "inv_diag": torch.ones(7), "out": torch.zeros(7)},
+        "obs_update_": {"weight": w, **either, "inv_diag": torch.ones(7), "mask": keep},
+        "obs_solve_": {
+            "weight": w,
+            **either,
+            "num_grads": 5,
+            "mask": keep,
+            "failed": torch.zeros(2, dtype=torch.bool),
+        },
+    }
+
+
+def dual() -> dict[str, object]:
+    """What turns a primal call into a dual one."""
+    return {"state": torch.ones(3, 7), "factor": torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)}
+
+
+Change = Callable[[], dict[str, object]]
+META = "meta"
+
+# op, what is changed, what the message says
+BAD: list[tuple[str, Change, str]] = [
+    ("sherman_morrison_", lambda: {"f_inv": torch.ones(2, 4)}, r"f_inv must be \[K, B, B\], got \[2, 4\]"),
+    (
+        "sherman_morrison_",
+        lambda: {"f_inv": torch.ones(2, 4, 5)},
+        r"f_inv must be \[K, B, B\], got \[2, 4, 5\]",
+    ),
+    ("sherman_morrison_", lambda: {"f_inv": torch.ones(0, 4, 4)}, r"size at least 1, got \[0, 4, 4\]"),
+    (
+        "woodbury_",
+        lambda: {"f_inv": torch.ones(2, 4, 4, dtype=torch.float16)},
+        "float32 or float64, got float16",
+    ),
+    ("woodbury_", lambda: {"f_inv": torch.ones(2, 4, 8)[..., ::2]}, r"f_inv must be contiguous, got strides"),
+    ("woodbury_", lambda: {"f_inv": torch.ones(2, 4, 4).to_sparse()}, "f_inv must be a dense tensor"),
+    ("fisher_accumulate_", lambda: {"grads": torch.ones(7)}, r"grads must be \[k, d\], got \[7\]"),
+    ("fisher_accumulate_", lambda: {"grads": torch.ones(0, 7)}, r"size at least 1, got \[0, 7\]"),
+    ("fisher_accumulate_", lambda: {"grads": torch.ones(7, 3).T}, r"inner stride 1 .*got strides \[1, 3\]"),
+    (
+        "fisher_accumulate_",
+        lambda: {"grads": torch.ones(3, 7, dtype=torch.int32)},
+        "grads must be .*got int32",
+    ),
+    ("fisher_accumulate_", lambda: {"grads": torch.ones(3, 6)}, r"within \[0, 6\), got \[0, 7\)"),
+    (
+        "fisher_accumulate_",
+        lambda: {"grads": torch.ones(3, 7, device=META)},
+        "grads must be on cpu .*got meta",
+    ),
+    (
+        "fisher_accumulate_",
+        lambda: {"blocks": torch.ones(2, 3, dtype=torch.int64)},
+        r"\[K, 2\], got \[2, 3\]",
+    ),
+    ("fisher_accumulate_", lambda: {"blocks": BLOCKS[:1]}, r"blocks must be \[2, 2\], got \[1, 2\]"),
+    ("fisher_accumulate_", lambda: {"blocks": BLOCKS.int()}, "blocks must be int64, got int32"),
+    ("fisher_accumulate_", lambda: {"blocks": BLOCKS.T.contiguous().T}, "blocks must be contiguous"),
+    (
+        "fisher_accumulate_",
+        lambda: {"blocks": torch.tensor([[0, 5], [5, 7]])},
+        r"hold 1 to 4 weights, got \[0, 5\]",
+    ),
+    ("fisher_accumulate_", lambda: {"blocks": torch.tensor([[0, 4], [4, 4]])}, r"blocks\[1\] .*got \[4, 4\]"),
+    (
+        "fisher_accumulate_",
+        lambda: {"blocks": torch.tensor([[-1, 3], [4, 7]])},
+        r"within \[0, 7\), got \[-1, 7\)",
+    ),
+    (
+        "fisher_accumulate_",
+        lambda: {"blocks": torch.tensor([[0, 4], [3, 7]])},
+        r"disjoint, got \[0, 4\] before \[3, 7",
+    ),
+    (
+        "fisher_accumulate_",
+        lambda: {"blocks": torch.tensor([[4, 7], [0, 4]])},
+        r"disjoint, got \[4, 7\] before \[0, 4",
+    ),
+    ("fisher_accumulate_", lambda: {"num_grads": 0}, "num_grads must be at least 1, got 0"),
+    ("fisher_accumulate_", lambda: {"num_grads": 2}, "num_grads must be at least the 3 rows of grads, got 2"),
+    ("spd_inverse_", lambda: {"matrix": torch.ones(2, 0, 0)}, r"size at least 1, got \[2, 0, 0\]"),
+    ("spd_inverse_", lambda: {"condition": torch.zeros(3, dtype=torch.float64)}, r"must be \[2\], got \[3\]"),
+    ("spd_inverse_", lambda: {"condition": torch.zeros(2)}, "condition must be float64, got float32"),
+    (
+        "spd_inverse_",
+        lambda: {"condition": torch.zeros(4, dtype=torch.float64)[::2]},
+        "condition must be contiguous",
+    ),
+    (
+        "dual_factor_",
+        lambda: {"factor": torch.zeros(2, 4, 4, dtype=torch.float64)},
+        r"\[2, 3, 3\], got \[2, 4, 4\]",
+    ),
+    ("dual_factor_", lambda: {"factor": torch.zeros(2, 3, 3)}, "factor must be float64, got float32"),
+    ("dual_factor_", lambda: {"damping": 0.0}, "damping must be positive and finite, got 0.0"),
+    ("dual_factor_", lambda: {"damping": -1.0}, "damping must be positive and finite, got -1.0"),
+    ("dual_factor_", lambda: {"damping": float("nan")}, "damping must be positive and finite, got nan"),
+    ("dual_factor_", lambda: {"damping": float("inf")}, "damping must be positive and finite, got inf"),
+    ("dual_factor_", lambda: {"num_grads": 1}, "num_grads must be at least the 3 rows of grads, got 1"),
+    ("inverse_diagonal", lambda: {"out": torch.zeros(6)}, r"within \[0, 6\), got \[0, 7\)"),
+    ("inverse_diagonal", lambda: {"out": torch.zeros(7, 1)}, r"out must be \[d\], got \[7, 1\]"),
+    ("inverse_diagonal", lambda: {"out": torch.zeros(7, dtype=torch.bfloat16)}, "out must be .*got bfloat16"),
+    ("inverse_diagonal", lambda: {"out": torch.zeros(14)[::2]}, "out must be contiguous"),
+    (
+        "inverse_diagonal",
+        lambda: {**dual(), "state": torch.ones(3, 8)},
+        r"state must be \[k, 7\] .*got \[3, 8\]",
+    ),
+    (
+        "inverse_diagonal",
+        lambda: {**dual(), "factor": torch.eye(3).repeat(2, 1, 1)},
+        "factor must be float64",
+    ),
+    ("inverse_diagonal", lambda: {**dual(), "damping": 0.0}, "damping must be positive and finite, got 0.0"),
+    ("block_matvec", lambda: {"x": torch.ones(7)}, r"x must be \[d, n\], got \[7\]"),
+    ("block_matvec", lambda: {"x": torch.ones(7, 0)}, r"size at least 1, got \[7, 0\]"),
+    ("block_matvec", lambda: {"x": torch.ones(2, 7).T}, "x must be contiguous"),
+    (
+        "block_matvec",
+        lambda: {"x": torch.ones(7, 2, dtype=torch.float64)},
+        "out must be float64, got float32",
+    ),
+    ("block_matvec", lambda: {"out": torch.zeros(7, 3)}, r"out must be \[7, 2\], got \[7, 3\]"),
+    (
+        "block_matvec",
+        lambda: {**dual(), "blocks": BLOCKS[:1]},
+        r"factor must be \[1, 3, 3\], got \[2, 3, 3\]",
+    ),
+    ("obs_saliency", lambda: {"weight": torch.ones(0)}, r"size at least 1, got \[0\]"),
+    ("obs_saliency", lambda: {"inv_diag": torch.ones(6)}, r"inv_diag must be \[7\], got \[6\]"),
+    ("obs_saliency", lambda: {"out": torch.zeros(7, dtype=torch.int64)}, "out must be .*got int64"),
+    (
+        "obs_update_",
+        lambda: {"weight": torch.ones(7).half()},
+        "weight must be float32 or float64, got float16",
+    ),
+    ("obs_update_", lambda: {"inv_diag": torch.ones(1)}, r"inv_diag must be \[7\], got \[1\]"),
+    ("obs_update_", lambda: {"mask": torch.ones(7)}, "mask must be bool, got float32"),
+    ("obs_update_", lambda: {"mask": torch.ones(8, dtype=torch.bool)}, r"mask must be \[7\], got \[8\]"),
+    (
+        "obs_update_",
+        lambda: {"mask": torch.ones(7, dtype=torch.bool, device=META)},
+        "mask must be on cpu .*got meta",
+    ),
+    ("obs_update_", lambda: {"weight": torch.ones(7).requires_grad_()}, "weight is written .*requires grad"),
+    ("obs_solve_", lambda: {"failed": torch.zeros(3, dtype=torch.bool)}, r"failed must be \[2\], got \[3\]"),
+    ("obs_solve_", lambda: {"failed": torch.zeros(2)}, "failed must be bool, got float32"),
+    (
+        "obs_solve_",
+        lambda: {**dual(), "num_grads": 2},
+        "num_grads must be at least the 3 rows of grads, got 2",
+    ),
+]
+
+
+def call(op: str, args: dict[str, object]) -> None:
+    """The op with arguments by name."""
+    getattr(torch.ops.fastfisher, op)(*(args[name] for name in ops.OPS[op].arguments))
+
+
+@pytest.mark.parametrize("op", list(ops.OPS))
+def test_valid_arguments_pass(op: str) -> None:
+    call(op, valid()[op])
+    if "factor" in valid()[op]:
+        call(op, {**valid()[op], **({} if op == "dual_factor_" else dual())})
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"), BAD, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_bad_argument_is_named_and_nothing_is_written(op: str, change: Change, message: str) -> None:
+    args = {**valid()[op], **change()}
+    tensors = {name: arg for name, arg in args.items() if isinstance(arg, Tensor) and not arg.is_meta}
+    before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    with pytest.raises(FastFisherError, match=message) as caught:
+        call(op, args)
+    assert "\n" not in str(caught.value)
+    for name, tensor in tensors.items():
+        assert tensor.layout is not torch.strided or torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("op", list(ops.OPS))
+def test_written_tensor_may_not_share_memory_with_another(op: str) -> None:
+    for i in ops.OPS[op].written:
+        name = ops.OPS[op].arguments[i]
+        for other, arg in valid()[op].items():
+            args = valid()[op]
+            target = args[name]
+            assert isinstance(target, Tensor)
+            if other == name or not isinstance(arg, Tensor):
+                continue
+            room = torch.zeros(4096, dtype=torch.uint8)
+            used = target.numel() * target.element_size()
+            # the last byte of the one lies in the first number of the other
+            offset = (used - 1) // 8 * 8
+            args[name] = room[:used].view(target.dtype).view(target.shape).copy_(target)
+            size = arg.numel() * arg.element_size()
+            args[other] = room[offset : offset + size].view(arg.dtype).view(arg.shape)
+            if other != "blocks":
+                args[other].copy_(arg)
+            with pytest.raises(FastFisherError, match=r"must not overlap .* in memory|blocks"):
+                call(op, args)
+
+
+def test_neighbours_in_one_storage_do_not_overlap() -> None:
+    room = torch.ones(21)
+    ops.obs_saliency(room[:7], room[7:14], out=room[14:])
+    assert torch.equal(room[14:], torch.full((7,), 0.5))
+
+
+def test_gradients_beside_each_other_in_rows_are_read_in_place() -> None:
+    wide = torch.arange(30.0).reshape(3, 10)
+    state, expected = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)
+    ops.fisher_accumulate_(state, wide[:, 2:9], BLOCKS, 3)
+    ops.fisher_accumulate_(expected, wide[:, 2:9].contiguous(), BLOCKS, 3)
+    assert torch.equal(state, expected)
