@@ -253,7 +253,7 @@ class Objective:
 
     def slopes(self, direction: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """The loss's derivatives along `direction`, g_i · δ in float64 [k]."""
-        # not by forward mode: its first use costs a second or two, and it lacks operators
+        # forward mode would take as long (ResNet-20, one core) and lacks operators
         grads, losses = self.gradients(samples)
         total = torch.zeros(len(losses), dtype=torch.float64, device=losses.device)
         for name, delta in direction.items():
@@ -277,16 +277,16 @@ class Objective:
         }
         return rows, loss.detach()[None]
 
-    def loss_of_one(self, sample: Samples) -> Tensor:
-        """The loss of one sample with the model's own weights, without vmap and without a graph."""
+    def batch_loss(self, samples: Samples) -> Tensor:
+        """The loss of all samples as one batch with the model's own weights, without vmap and without a graph."""
         with torch.no_grad():
             loss: Tensor = self._guarded(
-                sample, lambda: self._batch_loss(self.weights, sample, sample.leaves)
+                samples, lambda: self._batch_loss(self.weights, samples, samples.leaves)
             )
         return loss
 
-    def activation_bytes(self, sample: Samples) -> int:
-        """Bytes that the forward of one sample saves for its backward, the weights aside."""
+    def activation_bytes(self, samples: Samples) -> int:
+        """Bytes that the forward of these samples, as one batch, saves for its backward, the weights aside."""
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -297,10 +297,10 @@ class Objective:
         def run() -> None:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
-                self._batch_loss(weights, sample, sample.leaves)
+                self._batch_loss(weights, samples, samples.leaves)
 
-        self._guarded(sample, run)
-        for tensor in [*self.weights.values(), *self._fixed.values(), *sample.leaves]:
+        self._guarded(samples, run)
+        for tensor in [*self.weights.values(), *self._fixed.values(), *samples.leaves]:
             saved.pop(tensor.untyped_storage().data_ptr(), None)
         return sum(saved.values())
 

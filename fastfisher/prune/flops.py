@@ -9,12 +9,14 @@ from fastfisher.fisher.batches import Samples
 from fastfisher.fisher.gradients import Objective
 
 
-def count_flops(objective: Objective, model: nn.Module, sample: Samples) -> tuple[float, dict[str, float]]:
-    """Operations of one sample's forward: the total, and those of each module without children by its name."""
+def count_flops(objective: Objective, model: nn.Module, samples: Samples) -> tuple[float, dict[str, float]]:
+    """Operations of a forward per sample: the total, and those of each module without children by its name."""
     counter = FlopCounterMode(display=False)
     with counter:
-        objective.loss_of_one(sample)
-    counts = {name: float(sum(ops.values())) for name, ops in counter.get_flop_counts().items()}
+        objective.batch_loss(samples)
+    counts = {
+        name: float(sum(ops.values())) / len(samples) for name, ops in counter.get_flop_counts().items()
+    }
     # the counter names a module by the root's class and the path below it, where the model is the attribute `model`
     named = {name.partition(".model.")[2]: count for name, count in counts.items() if ".model." in name}
     leaves = {

@@ -261,22 +261,17 @@ def _fisher_seconds(sizes: Sizes, settings: Settings, device: torch.device) -> d
 def _gradient_seconds(
     model: nn.Module, data: Iterable[Any], objective: Objective, settings: Settings, limit: int, row: int
 ) -> tuple[float, int]:
-    """Seconds of all gradients, and the bytes of one sample's activations, from the loader's first samples."""
+    """Seconds of all gradients, and the bytes of the activations behind one, from the loader's first samples."""
     reader = SampleReader(data, objective.device)
-    sample = reader.peek()
-    if sample is None:
-        raise FastFisherError(f"num_grads={settings.num_grads} but the loader yields 0 samples.")
-    if settings.grad_batch_size > 1:
-        activation = settings.grad_batch_size * objective.activation_bytes(sample)
-        micro, per = settings.grad_batch_size, 1
-    else:
-        activation = objective.activation_bytes(sample)
-        micro = per = chunks(row, settings.num_grads, limit, activation)[1]
-    samples = reader.take(micro, exactly=False)
+    per_sample = settings.grad_batch_size == 1
+    samples = reader.peek() if per_sample else reader.take(settings.grad_batch_size, exactly=False)
+    activation = objective.activation_bytes(samples) if samples is not None else 0
+    if per_sample:
+        samples = reader.take(chunks(row, settings.num_grads, limit, activation)[1], exactly=False)
     if samples is None:
         raise FastFisherError(f"num_grads={settings.num_grads} but the loader yields 0 samples.")
     seconds, _ = _timed(lambda: objective.gradients(samples))
-    return seconds * settings.num_grads / per * micro / len(samples), activation
+    return seconds * settings.num_grads * settings.grad_batch_size / len(samples), activation
 
 
 def plan(

@@ -315,11 +315,11 @@ def prune(
         outcome = _decide(weight, dead, layout, settings, stream, clock, progress)
         values = as_parameters(outcome.new, outcome.mask, layout, found.parameters)
 
-        sample = stream.kept[0].narrow(0, 1) if stream is not None else _first_sample(data, objective)
         flops: dict[str, float] | None = None
         total_flops: float | None = None
-        if sample is not None:
-            total_flops, flops = count_flops(objective, model, sample)
+        samples = _first_samples(data, objective) if stream is None else stream.kept[0]
+        if samples is not None:
+            total_flops, flops = count_flops(objective, model, samples.narrow(0, grad_batch_size))
 
         report = Report(
             method=method,
@@ -363,8 +363,11 @@ def prune(
     return report
 
 
-def _first_sample(data: Iterable[Any] | None, objective: Objective) -> Samples | None:
-    return None if data is None else SampleReader(data, objective.device).peek()
+def _first_samples(data: Iterable[Any] | None, objective: Objective) -> Samples | None:
+    """What operations are counted on where no gradient was taken."""
+    if data is None:
+        return None
+    return SampleReader(data, objective.device).take(objective.grad_batch_size, exactly=False)
 
 
 def _check_loss(

@@ -511,3 +511,16 @@ def test_the_quadratic_model_predicts_a_small_change(
     assert report.predicted_change is not None
     assert report.predicted_change >= 0
     assert report.predicted_change == pytest.approx(after - before, abs=0.01)
+
+
+def test_a_norm_that_needs_a_batch_works_with_mini_batch_gradients_and_is_named_without() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 3))
+    data = [(torch.randn(16, 4), torch.randint(3, (16,)))]
+    with pytest.raises(
+        FastFisherError, match=r"the model failed on batch 0 .*Expected more than 1 value per channel"
+    ):
+        run(model, data=data, num_grads=16)
+    options: dict[str, Any] = {"sparsity": 0.4, "num_grads": 4, "grad_batch_size": 4, "block_size": 8}
+    assert ff.plan(model, data, **options).seconds is not None
+    assert run(model, data=data, **options).num_zeros == round(0.4 * 35)
