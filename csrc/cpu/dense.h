@@ -155,13 +155,14 @@ inline void triangular_inverse(int64_t n, const T* U, int64_t ldu, T* X, int64_t
     }
 }
 
-// Scratch matrices: lower triangle of C [n, n] <- X^T X for a lower triangular X; some entries above it are written too.
-template <class T>
+// Scratch matrices: C [n, n] <- X^T X for a lower triangular X, all of it or (FULL = false) the lower triangle with some
+// entries above it. Both triangles come out equal to the bit: the same products in the same order, and exact zeros.
+template <class T, bool FULL>
 inline void triangular_gram(int64_t n, const T* X, int64_t ldx, T* C, int64_t ldc) {
     const int64_t np = padded<T>(n);
     for (int64_t i = 0; i < n; i += MR) {
         for (int64_t r = i; r < i + MR; ++r) fill_zero(C + r * ldc, np);
-        tile_row<T, 1>(n - i, X + i * ldx + i, ldx, X + i * ldx, ldx, C + i * ldc, ldc, min(i + MR, np));
+        tile_row<T, 1>(n - i, X + i * ldx + i, ldx, X + i * ldx, ldx, C + i * ldc, ldc, FULL ? np : min(i + MR, np));
     }
 }
 

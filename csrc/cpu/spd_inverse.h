@@ -15,36 +15,44 @@ inline void fill_nan(T* p, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = nan;
 }
 
-// The norm of the inverse C (lower triangle at `C`, row stride ld) scaled by s on both sides, into `condition`, and the
-// full symmetric inverse into `out`.
+// Up to this size both triangles of the inverse are computed: cheaper than mirroring one entry by entry.
+constexpr int64_t MIRRORED_BY_PRODUCT = 96;
+
+// ||s C s||_F of an inverse C [n, n], of which the lower triangle is read; +inf where it is not a number.
 template <class T>
-inline double finish_inverse(int64_t n, const T* C, int64_t ld, const T* s, T* out) {
+inline double scaled_norm(int64_t n, const T* C, int64_t ld, const T* s) {
     double squares = 0;
     for (int64_t i = 0; i < n; ++i) {
-        const T* __restrict__ row = C + i * ld;
+        const T* row = C + i * ld;
         T lanes[16] = {};
         int64_t j = 0;
-        for (; j + 16 <= i; j += 16)
+        for (; j + 16 <= i; j += 16) {
             for (int64_t l = 0; l < 16; ++l) {
                 const T scaled = row[j + l] * s[i] * s[j + l];
                 lanes[l] += scaled * scaled;
             }
-        for (; j < i; ++j) {
+        }
+        for (int64_t l = 0; j < i; ++j, ++l) {
             const T scaled = row[j] * s[i] * s[j];
-            lanes[0] += scaled * scaled;
+            lanes[l] += scaled * scaled;
         }
         double sum = 0;
         for (T lane : lanes) sum += static_cast<double>(lane);
         const double diagonal = static_cast<double>(row[i] * s[i] * s[i]);
         squares += 2 * sum + diagonal * diagonal;
     }
-    // Squares of tiles: rows are written contiguously, the mirrored columns stay in cache meanwhile.
+    const double norm = std::sqrt(squares);
+    return norm < 1.0 / 0.0 ? norm : 1.0 / 0.0;
+}
+
+// out [n, n] <- the symmetric matrix whose lower triangle is at C, in small squares so that the mirrored columns stay in
+// cache while the rows are written.
+template <class T>
+inline void mirror(int64_t n, const T* C, int64_t ld, T* out) {
     for (int64_t i0 = 0; i0 < n; i0 += 16)
         for (int64_t j0 = 0; j0 <= i0; j0 += 16)
             for (int64_t i = i0; i < min(i0 + 16, n); ++i)
                 for (int64_t j = j0; j < min(j0 + 16, i + 1); ++j) out[j * n + i] = out[i * n + j] = C[i * ld + j];
-    const double condition = std::sqrt(squares);
-    return condition < 1.0 / 0.0 ? condition : 1.0 / 0.0;  // NaN counts as failed
 }
 
 template <class T>
@@ -57,8 +65,14 @@ inline double invert_in_cache(T* matrix, int64_t n, T* U, T* X, int64_t ld, T* s
     for (int64_t i = 0; i < n; ++i) s[i] = std::sqrt(U[i * ld + i]);
     if (!cholesky<T>(n, U, ld)) return 1.0 / 0.0;
     triangular_inverse<T>(n, U, ld, X, ld);
-    triangular_gram<T>(n, X, ld, U, ld);
-    return finish_inverse<T>(n, U, ld, s, matrix);
+    if (n <= MIRRORED_BY_PRODUCT) {
+        triangular_gram<T, true>(n, X, ld, U, ld);
+        for (int64_t i = 0; i < n; ++i) std::memcpy(matrix + i * n, U + i * ld, static_cast<size_t>(n) * sizeof(T));
+    } else {
+        triangular_gram<T, false>(n, X, ld, U, ld);
+        mirror<T>(n, U, ld, matrix);
+    }
+    return scaled_norm<T>(n, U, ld, s);
 }
 
 template <class T>
@@ -70,7 +84,8 @@ inline double invert_large(T* matrix, int64_t n, int threads) {
     }
     if (!blocked_cholesky<T>(n, matrix, n, threads)) return 1.0 / 0.0;
     blocked_inverse<T>(n, matrix, n, X, threads);
-    return finish_inverse<T>(n, matrix, n, s, matrix);
+    mirror<T>(n, matrix, n, matrix);
+    return scaled_norm<T>(n, matrix, n, s);
 }
 
 template <class T>
