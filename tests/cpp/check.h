@@ -204,6 +204,7 @@ class Checker {
         invert();
         diagonal_and_saliency();
         matvec();
+        update();
         solve();
         dual();
     }
@@ -366,6 +367,42 @@ class Checker {
         expect_weights(got, applied(x), p_.columns, "block_matvec");
     }
 
+    // w - F^-1 (1_Q w / inv_diag), and w_Q = 0; weights in the gaps between blocks stay.
+    void expect_summed(const std::vector<T>& got, const std::vector<T>& inv_diag, const char* what) const {
+        Matrix want(weight_.begin(), weight_.end());
+        std::vector<bool> inside(want.size(), false);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b)
+            for (int64_t i = 0, start = p_.range[2 * b]; i < length(b); ++i) {
+                inside[start + i] = true;
+                for (int64_t j = 0; j < length(b); ++j)
+                    if (!mask_[start + j])
+                        want[start + i] -= inverse_[b][i * length(b) + j] * static_cast<double>(weight_[start + j]) /
+                                           static_cast<double>(inv_diag[start + j]);
+                if (!mask_[start + i]) want[start + i] = 0;
+            }
+        expect_weights(got, want, 1, what);
+        for (int64_t q = 0; q < p_.num_weights; ++q) {
+            if (inside[q] && !mask_[q] && got[q] != 0) fail(std::string(what) + " left a removed weight", p_);
+            if (!inside[q] && got[q] != weight_[q]) fail(std::string(what) + " wrote between the blocks", p_);
+        }
+    }
+
+    std::vector<T> stored_diagonal() const {
+        std::vector<T> inv_diag(p_.num_weights, T(1));
+        for (int64_t b = 0; b < p_.num_blocks(); ++b)
+            for (int64_t i = 0; i < length(b); ++i)
+                inv_diag[p_.range[2 * b] + i] = static_cast<T>(inverse_[b][i * (length(b) + 1)]);
+        return inv_diag;
+    }
+
+    void update() const {
+        const std::vector<T> inv_diag = stored_diagonal();
+        const auto got = twice(weight_, "obs_update", [&](T* weight, int threads) {
+            run_.obs_update(weight, state_.data(), inv_diag.data(), p_.num_weights, p_.blocks(), mask_.data(), threads);
+        });
+        expect_summed(got, inv_diag, "obs_update");
+    }
+
     // w_Q = 0 and the kept weights at the minimum of (w' - w)^T F (w' - w): w'_R = w_R + F_RR^-1 F_RQ w_Q.
     Matrix pruned() const {
         Matrix want(weight_.begin(), weight_.end());
@@ -442,6 +479,13 @@ class Checker {
                 run_.block_matvec_dual(out, x.data(), p_.columns, dual_state(factor), p_.blocks(), threads);
             });
         expect_weights(product, applied(x), p_.columns, "block_matvec_dual");
+
+        const std::vector<T> inv_diag = stored_diagonal();
+        const auto summed = twice(weight_, "obs_update_dual", [&](T* out, int threads) {
+            run_.obs_update_dual(out, dual_state(factor), inv_diag.data(), p_.num_weights, p_.blocks(), mask_.data(),
+                                 threads);
+        });
+        expect_summed(summed, inv_diag, "obs_update_dual");
 
         std::vector<uint8_t> failed(K, 2);
         const auto weight = twice(weight_, "obs_solve_dual", [&](T* out, int threads) {

@@ -79,6 +79,7 @@ void wild(const ff::Kernels<T>& run, ff::DualFactor dual_factor, const check::Pr
     each(weight, [&](T* out, int t) { run.inverse_diagonal(out, state.data(), p.blocks(), t); });
     each(x, [&](T* out, int t) { run.block_matvec(out, x.data(), p.columns, state.data(), p.blocks(), t); });
     each(weight, [&](T* out, int t) { run.obs_saliency(out, weight.data(), x.data(), d, t); });
+    each(weight, [&](T* w, int t) { run.obs_update(w, state.data(), x.data(), d, p.blocks(), mask.data(), t); });
     each(weight, [&](T* w, int t) { run.obs_solve(w, state.data(), p.blocks(), mask.data(), failed.data(), t); });
     const auto factor = same_for_any_threads(std::vector<double>(K * k * k), threads, p, [&](double* out, int t) {
         dual_factor(out, grads, p.blocks(), m, damping, condition.data(), t);
@@ -86,6 +87,7 @@ void wild(const ff::Kernels<T>& run, ff::DualFactor dual_factor, const check::Pr
     const ff::Dual dual{grads, factor.data(), damping};
     each(weight, [&](T* out, int t) { run.inverse_diagonal_dual(out, dual, p.blocks(), t); });
     each(x, [&](T* out, int t) { run.block_matvec_dual(out, x.data(), p.columns, dual, p.blocks(), t); });
+    each(weight, [&](T* w, int t) { run.obs_update_dual(w, dual, x.data(), d, p.blocks(), mask.data(), t); });
     each(weight,
          [&](T* w, int t) { run.obs_solve_dual(w, grads, p.blocks(), m, damping, mask.data(), failed.data(), t); });
 }
