@@ -20,7 +20,7 @@ from benchmarks.machine import peak_probes
 from benchmarks.problems import TABLES, TOLERANCE, Problem
 
 THREADS = sorted({1, os.cpu_count() or 1})
-SECONDS_A_ROW = 1.0  # a row is repeated for about this long, at least 3 and at most 200 times
+SECONDS_A_ROW = {"full": 1.0, "tiny": 0.02}  # a row is repeated for about this long, 3 to 200 times
 
 
 @pytest.fixture
@@ -52,7 +52,9 @@ def test_peak(benchmark: BenchmarkFixture, threads: int, probe: tuple, name: str
         benchmark.pedantic(run, rounds=7, warmup_rounds=1)
 
 
-def test_contender(benchmark: BenchmarkFixture, threads: int, problem: Problem, name: str) -> None:
+def test_contender(
+    benchmark: BenchmarkFixture, pytestconfig: pytest.Config, threads: int, problem: Problem, name: str
+) -> None:
     chosen = contender(problem, name)
     last: tuple = ()
 
@@ -68,7 +70,8 @@ def test_contender(benchmark: BenchmarkFixture, threads: int, problem: Problem, 
         arguments = chosen.setup()
         started = time.perf_counter()
         chosen.run(*arguments)
-        rounds = min(200, max(3, int(SECONDS_A_ROW / (time.perf_counter() - started))))
+        seconds = SECONDS_A_ROW[pytestconfig.getoption("--table")]
+        rounds = min(200, max(3, int(seconds / (time.perf_counter() - started))))
     benchmark.extra_info.update(kind="row", threads=threads, problem=problem.name, name=name)
     returned = benchmark.pedantic(chosen.run, setup=setup, rounds=rounds)
     error = worst_error(problem, chosen, returned, last)

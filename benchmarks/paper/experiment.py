@@ -40,15 +40,19 @@ class Line:
     fisher: str | None = None
     update: str | None = None
 
-    @property
-    def key(self) -> str:
-        """Its name in tables, where lines of several updates stand together."""
-        return f"{self.label}, {self.update}" if self.update else self.label
+
+@dataclass(frozen=True)
+class Panel:
+    """One part of the picture.   lines: coloured by their place.   range: of accuracy shown; None for all of it."""
+
+    title: str
+    lines: Sequence[Line]
+    range: tuple[float, float] | None = None
 
 
 @dataclass
 class Curves:
-    """Accuracies in percent: (key of the line, sparsity) -> one for each seed; sparsity 0 under "dense"."""
+    """Accuracies in percent: (label of the line, sparsity) -> one for each seed; sparsity 0 under "dense"."""
 
     accuracy: dict[tuple[str, float], list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -126,13 +130,13 @@ def prune_all(
             else:
                 new = inverses[line.fisher].prune_update(weight, mask, update=line.update)
             write(new)
-            curves.accuracy.setdefault((line.key, sparsity), []).append(accuracy(model, test))
-        curves.spent(line.key, started)
+            curves.accuracy.setdefault((line.label, sparsity), []).append(accuracy(model, test))
+        curves.spent(line.label, started)
     write(weight)
 
 
 def parser(
-    description: str, sparsities: Sequence[float], num_samples: int, seeds: int
+    name: str, description: str, sparsities: Sequence[float], num_samples: int, seeds: int
 ) -> argparse.ArgumentParser:
     """The options that both experiments have; the defaults are the published settings."""
     made = argparse.ArgumentParser(description=description)
@@ -143,6 +147,7 @@ def parser(
     made.add_argument("--damping", type=float, default=1e-5)
     made.add_argument("--seeds", type=int, default=seeds)
     made.add_argument("--sparsities", type=float, nargs="+", default=list(sparsities))
+    made.add_argument("--name", default=name, help="of the result files")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     return made
 
@@ -169,8 +174,11 @@ def table(curves: Curves, lines: Sequence[Line], sparsities: Sequence[float]) ->
     """Mean and deviation for every line and sparsity, as markdown."""
     rows = [
         [
-            line.key,
-            *(f"{curves.mean(line.key, s):.1f} ± {curves.deviation(line.key, s):.1f}" for s in sparsities),
+            line.label,
+            *(
+                f"{curves.mean(line.label, s):.1f} ± {curves.deviation(line.label, s):.1f}"
+                for s in sparsities
+            ),
         ]
         for line in lines
     ]
@@ -185,59 +193,44 @@ def write_csv(path: Path, curves: Curves) -> None:
             writer.writerows([label, sparsity, seed, f"{value:.2f}"] for seed, value in enumerate(values))
 
 
-COLOURS = ("#0b5fa5", "#d1495b", "#2a9d6f", "#e08e1b", "#7b4fa3", "#6b7280", "#111827", "#8c5a3c", "#17a2b8")
+COLOURS = ("#4b5563", "#e08e1b", "#d1495b", "#1f77b4", "#2a9d6f", "#7b4fa3", "#9aa0a6", "#8c5a3c")
 
 
 def draw(
-    path: Path,
-    curves: Curves,
-    panels: Mapping[str, Sequence[Line]],
-    sparsities: Sequence[float],
-    title: str,
-    zoom: tuple[float, float] | None = None,
+    path: Path, curves: Curves, panels: Sequence[Panel], sparsities: Sequence[float], title: str
 ) -> None:
-    """Test accuracy over sparsity, a panel for each title and a line for each method; bands are one standard
-    deviation.
+    """Test accuracy over sparsity, a line for each method; bands are one standard deviation over the seeds.
 
-    One label has one colour in all panels.   zoom: range of accuracy shown; by default all of it.
+    Magnitude is dashed, per-layer pruning dash-dotted, global pruning solid.
     """
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
-    colour = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
-    figure, axes = pyplot.subplots(
-        1,
-        len(panels),
-        figsize=(6.2 * len(panels) + 0.6, 4.8),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (6.3 * len(panels) + 0.4, 5.0)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     x = [100 * s for s in sparsities]
     dense = curves.mean("dense", 0.0)
-    for axis, (subtitle, lines) in zip(axes[0], panels.items(), strict=True):
-        axis.axhline(dense, color="black", linewidth=1, linestyle=":", label=f"dense ({dense:.1f} %)")
-        for line in lines:
-            mean = [curves.mean(line.key, s) for s in sparsities]
-            band = [curves.deviation(line.key, s) for s in sparsities]
-            style = "--" if line.fisher is None else ("-." if line.scope == "layer" else "-")
-            marker = "s" if line.fisher is None else ("^" if line.scope == "layer" else "o")
-            axis.plot(x, mean, style, marker=marker, markersize=4, color=colour[line.label], label=line.label)
-            low, high = zip(*((m - b, m + b) for m, b in zip(mean, band, strict=True)), strict=True)
-            axis.fill_between(x, low, high, color=colour[line.label], alpha=0.15, linewidth=0)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        axis.axhline(dense, color="black", linewidth=1, linestyle=":", label=f"dense, {dense:.1f} %")
+        for line, colour in zip(panel.lines, COLOURS, strict=False):
+            mean = torch.tensor([curves.mean(line.label, s) for s in sparsities])
+            band = torch.tensor([curves.deviation(line.label, s) for s in sparsities])
+            style, marker = ("-.", "^") if line.scope == "layer" else ("-", "o")
+            if line.fisher is None:
+                style = "--"
+            axis.plot(x, mean, style, marker=marker, markersize=4, color=colour, label=line.label)
+            axis.fill_between(x, mean - band, mean + band, color=colour, alpha=0.15, linewidth=0)
         axis.set_xlabel("sparsity, %")
-        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.set_xticks(x, [f"{value:.3g}" for value in x], fontsize=8)
+        axis.set_ylim(panel.range)
         axis.grid(alpha=0.25)
-        axis.set_title(subtitle, fontsize=10)
-        axis.legend(fontsize=8, loc="lower left")
+        axis.set_title(panel.title, fontsize=10)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
+        axis.legend(fontsize=8, loc="lower left", framealpha=0.9)
     axes[0][0].set_ylabel("test accuracy, %")
-    if zoom is not None:
-        axes[0][0].set_ylim(*zoom)
     figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
@@ -259,15 +252,15 @@ def write_record(
 
 
 def report(
-    name: str,
     options: argparse.Namespace,
     curves: Curves,
-    panels: Mapping[str, Sequence[Line]],
+    panels: Sequence[Panel],
     bars: Sequence[dict[str, Any]],
     title: str,
 ) -> None:
     """Print the table and the bars, and write <out>/<name>.csv, .png and .json."""
-    lines = list({line.key: line for lines in panels.values() for line in lines}.values())
+    target = options.out / options.name
+    lines = list({line.label: line for panel in panels for line in panel.lines}.values())
     print(f"dense: {curves.mean('dense', 0.0):.2f} ± {curves.deviation('dense', 0.0):.2f}\n")
     print(table(curves, lines, options.sparsities), "\n")
     verdicts = [[b["what"], b["bar"], f"{b['measured']:.2f}", "yes" if b["passed"] else "NO"] for b in bars]
@@ -277,16 +270,15 @@ def report(
         else "no bar at these sparsities"
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    write_csv(options.out / f"{name}.csv", curves)
-    draw(options.out / f"{name}.png", curves, panels, options.sparsities, title)
-    settings = {
-        key: getattr(options, key) for key in ("samples", "grad_batch_size", "damping", "seeds", "sparsities")
-    }
+    write_csv(target.with_suffix(".csv"), curves)
+    draw(target.with_suffix(".png"), curves, panels, options.sparsities, title)
+    keys = ("samples", "grad_batch_size", "damping", "seeds", "sparsities", "name")
+    settings = {key: getattr(options, key) for key in keys}
     changed = [
         f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
         for key, value in settings.items()
         if value != options.defaults[key]
     ]
-    command = " ".join([f"python -m benchmarks.paper.{name}", *changed])
-    write_record(options.out / f"{name}.json", curves, bars, settings, command)
-    print(f"\nwritten: {options.out / name}.csv, .png, .json")
+    command = " ".join([f"python -m benchmarks.paper.{options.defaults['name']}", *changed])
+    write_record(target.with_suffix(".json"), curves, bars, settings, command)
+    print(f"\nwritten: {target}.csv, .png, .json")
