@@ -1,13 +1,15 @@
 """Every environment variable fastfisher reads: its name, its default, and what it does.
 
 No other file of the package reads `os.environ`.  Variables are read when they are needed, so changing one inside a
-running process takes effect at the next call.  Importing this file imports nothing beyond the standard library.
+running process takes effect at the next call.  Importing this file imports no other package.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+
+from fastfisher.errors import FastFisherError
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,18 @@ def backend() -> str | None:
 
 
 def num_threads() -> int | None:
-    """The number of kernel threads asked for, or None for torch's own number.  Raises ValueError below 1."""
+    """The number of kernel threads asked for, or None for torch's own number.  Raises FastFisherError below 1."""
     text = NUM_THREADS.get()
     if not text:
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{NUM_THREADS.name} must be a whole number of at least 1, got {text!r}")
+        raise FastFisherError(f"{NUM_THREADS.name} must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def isa() -> str | None:
-    """The forced instruction set, or None for the best the machine has.  Raises ValueError on an unknown name."""
+    """The forced instruction set, or None for the best the machine has.  Raises FastFisherError on an unknown name."""
     text = ISA.get().lower()
     if text and text not in ISAS:
-        raise ValueError(f"{ISA.name} must be one of {', '.join(ISAS)}, got {text!r}")
+        raise FastFisherError(f"{ISA.name} must be one of {', '.join(ISAS)}, got {text!r}")
     return text or None

@@ -33,7 +33,7 @@ def data():
     return [(torch.randn(8, 6), torch.randint(0, 3, (8,))) for _ in range(8)]
 
 def score(model):
-    return {"norm": float(sum(p.norm() for p in model.parameters()))}
+    return {"norm": float(sum(p.detach().norm() for p in model.parameters()))}
 
 def number():
     return 3
@@ -109,6 +109,7 @@ def test_config_has_the_keys_of_the_python_call_and_flags_win(user: Path) -> Non
         (("prune", "mine:number", "mine:data", "--sparsity", "0.5"), "must return an nn.Module, got int"),
         (("prune", "mine:model", "mine:data", "--sparsity", "50"), "got 50.0. Did you mean 0.50?"),
         ((*PRUNE[:-1], "tiny"), "block_size must be a whole number or 'all', got 'tiny'"),
+        ((*PRUNE, "--method", "fischer"), "method must be one of"),
         ((*PRUNE, "--weights", "none.safetensors"), "--weights none.safetensors does not load"),
         (("report", "nowhere"), "no report at 'nowhere'"),
     ],
@@ -154,6 +155,16 @@ def test_exit_codes_tell_the_errors_apart(
     broken.__signature__ = __import__("inspect").signature(ff.prune)  # type: ignore[attr-defined]
     monkeypatch.setattr(ff, "prune", broken)
     run(*PRUNE, code=code)
+
+
+def test_a_bad_environment_variable_is_bad_input(
+    user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTFISHER_NUM_THREADS", "many")
+    run("doctor", code=cli.BAD_INPUT)
+    assert (
+        "FASTFISHER_NUM_THREADS must be a whole number of at least 1, got 'many'" in capsys.readouterr().err
+    )
 
 
 def test_what_does_not_fit_in_memory_has_its_own_exit_code(user: Path) -> None:
