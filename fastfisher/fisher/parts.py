@@ -294,18 +294,18 @@ class Probe:
 
     def passes(self, state: Tensor, blocks: Tensor, damping: float) -> Tensor:
         """Which blocks [K] of a primal state are positive, at most I/λ, take F p back to p, and survive rounding."""
-        v = self.fisher_p + damping * self.p  # [d]
-        back = torch.full_like(v, torch.nan)
-        inv_diag = torch.full_like(v, torch.nan)
+        first, last = int(blocks[0, 0]), int(blocks[-1, 1])
+        blocks = blocks - first  # a group of blocks is one range of weights; only that range is looked at
+        p, gram = self.p[first:last], self.gram[first:last]
+        v = self.fisher_p[first:last] + damping * p
+        back, inv_diag = torch.full_like(v, torch.nan), torch.full_like(v, torch.nan)
         ops.block_matvec(state, blocks, v[:, None], out=back[:, None])
         ops.inverse_diagonal(state, blocks, out=inv_diag)
         good = torch.empty(len(blocks), dtype=torch.bool)
         for b, (start, stop) in enumerate(blocks.tolist()):
             n = stop - start
-            residual = (back[start:stop] - self.p[start:stop]).norm() / self.p[start:stop].norm()
-            rounding = (
-                math.sqrt(n) * _rounding_error(state[b : b + 1, :n, :n], self.gram[None, start:stop])[0]
-            )
+            residual = (back[start:stop] - p[start:stop]).norm() / p[start:stop].norm()
+            rounding = math.sqrt(n) * _rounding_error(state[b : b + 1, :n, :n], gram[None, start:stop])[0]
             scaled = inv_diag[start:stop] * damping
             # the factor 3 is measured: the probe sees one vector, and sqrt(n) lies below some coherences
             accurate = bool(3 * (residual + rounding) <= TOLERANCE)
