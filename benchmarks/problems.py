@@ -17,6 +17,7 @@ GRADIENT_SCALE = (
     1e-2  # standard deviation: variance over damping is 10, a value at which every form works in float32
 )
 PRUNED_FRACTION = 0.5
+CACHE_LINE = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ FLOORS: dict[tuple[str, str], Callable[[Problem], Floor]] = {
     ("fisher_accumulate_", "primal"): _accumulate,
     ("spd_inverse_", "primal"): _spd_inverse,
     ("dual_factor_", "dual"): _dual_factor,
-    ("inverse_diagonal", "primal"): lambda p: Floor(8 * p.num_weights, 0),
+    # Entries of a diagonal lie in cache lines of their own.
+    ("inverse_diagonal", "primal"): lambda p: Floor((CACHE_LINE + 4) * p.num_weights, 0),
     ("inverse_diagonal", "dual"): _inverse_diagonal_dual,
     ("block_matvec", "primal"): lambda p: Floor(
         _state_bytes(p) + 8 * p.num_weights, 2 * p.sum_over_blocks(2)
