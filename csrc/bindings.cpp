@@ -62,7 +62,8 @@ PYBIND11_MODULE(_native, module) {
         return names;
     });
 
-    module.def("advise_huge_pages", [](Address memory, size_t bytes) { ff::advise_huge_pages(at<void>(memory), bytes); });
+    module.def("advise_huge_pages",
+               [](Address memory, size_t bytes) { ff::advise_huge_pages(at<void>(memory), bytes); });
 
     module.def("sherman_morrison", [](const std::string& isa, int threads, bool is_double, Address f_inv, Gradients g,
                                       Blocks blocks, double num_grads) {
@@ -95,13 +96,13 @@ PYBIND11_MODULE(_native, module) {
         py::gil_scoped_release release;
         kernels.dual_factor(at<double>(factor), g, blocks, num_grads, damping, at<double>(condition), threads);
     });
-    module.def("inverse_diagonal", [](const std::string& isa, int threads, bool is_double, Address out, Address f_inv,
-                                      Blocks blocks) {
-        with_type(is_double, isa, [&](auto& kernels, auto* t) {
-            using T = std::remove_pointer_t<decltype(t)>;
-            kernels.inverse_diagonal(at<T>(out), at<const T>(f_inv), blocks, threads);
-        });
-    });
+    module.def("inverse_diagonal",
+               [](const std::string& isa, int threads, bool is_double, Address out, Address f_inv, Blocks blocks) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.inverse_diagonal(at<T>(out), at<const T>(f_inv), blocks, threads);
+                   });
+               });
     module.def("inverse_diagonal_dual", [](const std::string& isa, int threads, bool is_double, Address out,
                                            Gradients g, Address factor, double damping, Blocks blocks) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {
@@ -139,15 +140,15 @@ PYBIND11_MODULE(_native, module) {
                                at<const uint8_t>(mask), threads);
         });
     });
-    module.def("obs_update_dual", [](const std::string& isa, int threads, bool is_double, Address weight, Gradients g,
-                                     Address factor, double damping, Address inv_diag, int64_t count, Blocks blocks,
-                                     Address mask) {
-        with_type(is_double, isa, [&](auto& kernels, auto* t) {
-            using T = std::remove_pointer_t<decltype(t)>;
-            kernels.obs_update_dual(at<T>(weight), {g, at<const double>(factor), damping}, at<const T>(inv_diag), count,
-                                    blocks, at<const uint8_t>(mask), threads);
-        });
-    });
+    module.def("obs_update_dual",
+               [](const std::string& isa, int threads, bool is_double, Address weight, Gradients g, Address factor,
+                  double damping, Address inv_diag, int64_t count, Blocks blocks, Address mask) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.obs_update_dual(at<T>(weight), {g, at<const double>(factor), damping},
+                                               at<const T>(inv_diag), count, blocks, at<const uint8_t>(mask), threads);
+                   });
+               });
     module.def("obs_solve", [](const std::string& isa, int threads, bool is_double, Address weight, Address f_inv,
                                Blocks blocks, Address mask, Address failed) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {

@@ -47,9 +47,10 @@ void block_matvec(T* out, const T* x, int64_t n, const T* f_inv, Blocks blocks, 
 constexpr int64_t ROW_PIECE = 16;       // gradients of a task of G x
 constexpr int64_t COLUMN_PIECE = 2048;  // weights of a task of x - G^T z
 
-// y [K, k, n] <- G x per block.
+// y [K, k, n] <- G x per block; x begins at the weight `origin`.
 template <class T>
-inline void gradients_times(double* y, const Gradients& g, const Blocks& blocks, const T* x, int64_t n, int threads) {
+inline void gradients_times(double* y, const Gradients& g, const Blocks& blocks, const T* x, int64_t n, int threads,
+                            int64_t origin = 0) {
     const int64_t pieces = ceil_div(g.rows, ROW_PIECE);
     auto task = [&](int64_t t) {
         const int64_t b = t / pieces, a0 = t % pieces * ROW_PIECE;
@@ -57,7 +58,7 @@ inline void gradients_times(double* y, const Gradients& g, const Blocks& blocks,
         for (int64_t a = a0; a < min(g.rows, a0 + ROW_PIECE); ++a) fill_zero(y + (b * g.rows + a) * n, n);
         for (int64_t q = 0; q < blocks.length(b); q += COLUMN_PIECE) {
             const int64_t columns = min(COLUMN_PIECE, blocks.length(b) - q);
-            const T* xq = x + (blocks.start(b) + q) * n;
+            const T* xq = x + (blocks.start(b) - origin + q) * n;
             if (n == 1)
                 for (int64_t c = 0; c < columns; ++c) wide[c] = static_cast<double>(xq[c]);
             for (int64_t a = a0; a < min(g.rows, a0 + ROW_PIECE); ++a) {

@@ -1,12 +1,12 @@
-// The same dense algebra for matrices too large for the cache: panels of SPAN rows, products of packed tiles, the tiles of
-// one product spread over threads. Matrices here are plain row-major memory with any row stride, no padding.
+// The same dense algebra for matrices too large for the cache: panels of SPAN rows, products of packed tiles, the tiles
+// of one product spread over threads. Matrices here are plain row-major memory with any row stride, no padding.
 #pragma once
 #include "dense.h"
 
 namespace ff {
 namespace FF_NAMESPACE {
 
-constexpr int64_t SPAN = 192;   // rows and columns of a cache tile: a multiple of PAD for every type and instruction set
+constexpr int64_t SPAN = 192;  // rows and columns of a cache tile: a multiple of PAD for every type and instruction set
 constexpr int64_t DEPTH = 128;  // contracted rows packed at a time
 
 // to [rows, ld] <- from [rows, columns], columns zero-padded to a vector.
@@ -150,7 +150,8 @@ inline void blocked_inverse(int64_t n, T* A, int64_t lda, T* X, int threads) {
         fill_zero<T>(s.c, padded<T>(rows) * s.ld);
         packed_product<T, 1>(s, n - i, X + i * n + i, n, rows, X + i * n + j, n, columns);
         for (int64_t r = 0; r < rows; ++r)
-            std::memcpy(A + (i + r) * lda + j, s.c + r * s.ld, static_cast<size_t>(min(columns, i + r - j + 1)) * sizeof(T));
+            std::memcpy(A + (i + r) * lda + j, s.c + r * s.ld,
+                        static_cast<size_t>(min(columns, i + r - j + 1)) * sizeof(T));
     };
     parallel(tiles * tiles, threads, gram);
 }

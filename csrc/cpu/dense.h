@@ -155,8 +155,9 @@ inline void triangular_inverse(int64_t n, const T* U, int64_t ldu, T* X, int64_t
     }
 }
 
-// Scratch matrices: C [n, n] <- X^T X for a lower triangular X, all of it or (FULL = false) the lower triangle with some
-// entries above it. Both triangles come out equal to the bit: the same products in the same order, and exact zeros.
+// Scratch matrices: C [n, n] <- X^T X for a lower triangular X, all of it or (FULL = false) the lower triangle with
+// some entries above it. Both triangles come out equal to the bit: the same products in the same order, and exact
+// zeros.
 template <class T, bool FULL>
 inline void triangular_gram(int64_t n, const T* X, int64_t ldx, T* C, int64_t ldc) {
     const int64_t np = padded<T>(n);

@@ -38,7 +38,7 @@ struct Isas {
         __builtin_cpu_init();
         const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         all[n++] = {"avx512", &avx512::table, has_avx512};
         all[n++] = {"avx2", &avx2::table, has_avx2};
 #elif defined(__aarch64__)

@@ -101,8 +101,8 @@ inline double factor_large(double* C, const Gradients& g, int64_t start, int64_t
     return inverse_norm(k, C, diagonal);
 }
 
-inline void dual_factor(double* factor, Gradients g, Blocks blocks, double num_grads, double damping,
-                        double* condition, int threads) {
+inline void dual_factor(double* factor, Gradients g, Blocks blocks, double num_grads, double damping, double* condition,
+                        int threads) {
     const int64_t k = g.rows;
     auto settle = [&](int64_t b, double value) {
         condition[b] = value;
@@ -113,7 +113,8 @@ inline void dual_factor(double* factor, Gradients g, Blocks blocks, double num_g
         auto task = [&](int64_t t) {
             DualScratch s(k);
             for (int64_t b = t * per_task; b < min(blocks.count, (t + 1) * per_task); ++b)
-                settle(b, factor_in_cache(factor + b * k * k, g, blocks.start(b), blocks.length(b), num_grads * damping, s));
+                settle(b, factor_in_cache(factor + b * k * k, g, blocks.start(b), blocks.length(b), num_grads * damping,
+                                          s));
         };
         return parallel(ceil_div(blocks.count, per_task), threads, task);
     }

@@ -1,7 +1,7 @@
 // fisher [K, B, B] += G^T G / m, lower triangles.
 //
-// Floor: read every gradient once, write the state once; m n^2 / 2 multiply-adds a block. Gradients are packed in pieces
-// that stay in the first-level cache, the block is summed in cache and added to memory once.
+// Floor: read every gradient once, write the state once; m n^2 / 2 multiply-adds a block. Gradients are packed in
+// pieces that stay in the first-level cache, the block is summed in cache and added to memory once.
 #pragma once
 #include "blocked.h"
 #include "gradients.h"
@@ -125,15 +125,24 @@ void fisher_accumulate(T* fisher, Gradients g, Blocks blocks, double num_grads, 
     const int64_t B = blocks.size;
     const T factor = static_cast<T>(1.0 / num_grads);
     switch (B) {
-        case 1: return accumulate_narrow<T, 1>(fisher, g, blocks, factor, threads);
-        case 2: return accumulate_narrow<T, 2>(fisher, g, blocks, factor, threads);
-        case 3: return accumulate_narrow<T, 3>(fisher, g, blocks, factor, threads);
-        case 4: return accumulate_narrow<T, 4>(fisher, g, blocks, factor, threads);
-        case 5: return accumulate_narrow<T, 5>(fisher, g, blocks, factor, threads);
-        case 6: return accumulate_narrow<T, 6>(fisher, g, blocks, factor, threads);
-        case 7: return accumulate_narrow<T, 7>(fisher, g, blocks, factor, threads);
-        case 8: return accumulate_narrow<T, 8>(fisher, g, blocks, factor, threads);
-        default: break;
+        case 1:
+            return accumulate_narrow<T, 1>(fisher, g, blocks, factor, threads);
+        case 2:
+            return accumulate_narrow<T, 2>(fisher, g, blocks, factor, threads);
+        case 3:
+            return accumulate_narrow<T, 3>(fisher, g, blocks, factor, threads);
+        case 4:
+            return accumulate_narrow<T, 4>(fisher, g, blocks, factor, threads);
+        case 5:
+            return accumulate_narrow<T, 5>(fisher, g, blocks, factor, threads);
+        case 6:
+            return accumulate_narrow<T, 6>(fisher, g, blocks, factor, threads);
+        case 7:
+            return accumulate_narrow<T, 7>(fisher, g, blocks, factor, threads);
+        case 8:
+            return accumulate_narrow<T, 8>(fisher, g, blocks, factor, threads);
+        default:
+            break;
     }
     if (B <= 256) {
         const int64_t per_task = blocks_per_task(blocks.count, threads);

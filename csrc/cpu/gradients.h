@@ -40,10 +40,14 @@ template <class F>
 FF_INLINE void with_source(const Gradients& g, int64_t row, int64_t column, F body) {
     const int64_t at = row * g.row_stride + column;
     switch (g.dtype) {
-        case DType::f32: return body(static_cast<const float*>(g.data) + at);
-        case DType::f64: return body(static_cast<const double*>(g.data) + at);
-        case DType::f16: return body(static_cast<const Half*>(g.data) + at);
-        case DType::bf16: return body(static_cast<const Brain*>(g.data) + at);
+        case DType::f32:
+            return body(static_cast<const float*>(g.data) + at);
+        case DType::f64:
+            return body(static_cast<const double*>(g.data) + at);
+        case DType::f16:
+            return body(static_cast<const Half*>(g.data) + at);
+        case DType::bf16:
+            return body(static_cast<const Brain*>(g.data) + at);
     }
 }
 

@@ -43,8 +43,8 @@ struct Kernels {
     void (*woodbury)(T* f_inv, Gradients, Blocks, double num_grads, int threads);
     // fisher [K, B, B] += G^T G / m, lower triangle only.
     void (*fisher_accumulate)(T* fisher, Gradients, Blocks, double num_grads, int threads);
-    // matrix [K, B, B] <- its inverse, from the lower triangle. condition [K]: ||A^-1||_F, A = the matrix scaled to unit
-    // diagonal; +inf (and NaN in the block) where a pivot is not positive and finite.
+    // matrix [K, B, B] <- its inverse, from the lower triangle. condition [K]: ||A||_F ||A^-1||_F, A = the matrix
+    // scaled to unit diagonal; +inf (and NaN in the block) where a pivot is not positive and finite.
     void (*spd_inverse)(T* matrix, int64_t num_blocks, int64_t block_size, double* condition, int threads);
     // out [d] (entries inside blocks) <- diag F^-1.
     void (*inverse_diagonal)(T* out, const T* f_inv, Blocks, int threads);

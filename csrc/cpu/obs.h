@@ -96,8 +96,7 @@ void obs_solve_dual(T* weight, Gradients g, Blocks blocks, double num_grads, dou
             any |= removed[q] != 0.0;
         }
         if (any) {
-            // gradients_times reads x at the weight's index; `removed` starts at the block.
-            gradients_times<double>(y, g, one, removed - start, 1, inner);
+            gradients_times<double>(y, g, one, removed, 1, inner, start);
             dual_gram(C, g, start, n, mask, num_grads * damping, inner);
             if (!blocked_cholesky<double>(k, C, k, inner)) {
                 failed[b] = 1;

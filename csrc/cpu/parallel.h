@@ -10,8 +10,8 @@ namespace ff {
 // The first exception thrown by a task is rethrown here after all threads have stopped.
 void parallel_for(int64_t tasks, int threads, void (*body)(void* context, int64_t task), void* context);
 
-// Memory for one task, 64-byte aligned. Each thread keeps what its last tasks gave back (pieces up to a few MiB), because
-// fresh pages cost more than the work of a small block. Throws std::bad_alloc.
+// Memory for one task, 64-byte aligned. Each thread keeps what its last tasks gave back (pieces up to a few MiB),
+// because fresh pages cost more than the work of a small block. Throws std::bad_alloc.
 void* take_scratch(size_t bytes);
 void give_scratch(void* memory, size_t bytes);
 

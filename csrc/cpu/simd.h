@@ -56,7 +56,7 @@ FF_INLINE I max(I a, I b) {
 FF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
 FF_INLINE int64_t padded(int64_t n) {
-    return ceil_div(n, PAD<T>)*PAD<T>;
+    return ceil_div(n, PAD<T>) * PAD<T>;
 }
 // Row stride of a scratch matrix: an odd number of cache lines, so that a column does not fall into a few cache sets.
 template <class T>
@@ -90,8 +90,7 @@ FF_INLINE void fill_zero(T* p, int64_t n) {
 // parallel_for over a callable.
 template <class F>
 FF_INLINE void parallel(int64_t tasks, int threads, F& body) {
-    parallel_for(
-        tasks, threads, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &body);
+    parallel_for(tasks, threads, [](void* context, int64_t task) { (*static_cast<F*>(context))(task); }, &body);
 }
 
 template <class T>

@@ -18,7 +18,7 @@ inline void fill_nan(T* p, int64_t n) {
 // Up to this size both triangles of the inverse are computed: cheaper than mirroring one entry by entry.
 constexpr int64_t MIRRORED_BY_PRODUCT = 96;
 
-// ||s C s||_F of an inverse C [n, n], of which the lower triangle is read; +inf where it is not a number.
+// ||s C s||_F of a symmetric C [n, n], of which the lower triangle is read.
 template <class T>
 inline double scaled_norm(int64_t n, const T* C, int64_t ld, const T* s) {
     double squares = 0;
@@ -41,12 +41,17 @@ inline double scaled_norm(int64_t n, const T* C, int64_t ld, const T* s) {
         const double diagonal = static_cast<double>(row[i] * s[i] * s[i]);
         squares += 2 * sum + diagonal * diagonal;
     }
-    const double norm = std::sqrt(squares);
-    return norm < 1.0 / 0.0 ? norm : 1.0 / 0.0;
+    return std::sqrt(squares);
 }
 
-// out [n, n] <- the symmetric matrix whose lower triangle is at C, in small squares so that the mirrored columns stay in
-// cache while the rows are written.
+// ||A||_F ||A^-1||_F from its factors; +inf where it is not a number.
+FF_INLINE double condition_number(double norm, double inverse_norm) {
+    const double product = norm * inverse_norm;
+    return product < 1.0 / 0.0 ? product : 1.0 / 0.0;
+}
+
+// out [n, n] <- the symmetric matrix whose lower triangle is at C, in small squares so that the mirrored columns stay
+// in cache while the rows are written.
 template <class T>
 inline void mirror(int64_t n, const T* C, int64_t ld, T* out) {
     for (int64_t i0 = 0; i0 < n; i0 += 16)
@@ -62,7 +67,9 @@ inline double invert_in_cache(T* matrix, int64_t n, T* U, T* X, int64_t ld, T* s
     for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j <= i; ++j) U[j * ld + i] = matrix[i * n + j];
     for (int64_t i = n; i < np; ++i) U[i * ld + i] = T(1);
-    for (int64_t i = 0; i < n; ++i) s[i] = std::sqrt(U[i * ld + i]);
+    for (int64_t i = 0; i < n; ++i) s[i] = T(1) / std::sqrt(U[i * ld + i]);
+    const double norm = scaled_norm<T>(n, matrix, n, s);
+    for (int64_t i = 0; i < n; ++i) s[i] = T(1) / s[i];
     if (!cholesky<T>(n, U, ld)) return 1.0 / 0.0;
     triangular_inverse<T>(n, U, ld, X, ld);
     if (n <= MIRRORED_BY_PRODUCT) {
@@ -72,20 +79,20 @@ inline double invert_in_cache(T* matrix, int64_t n, T* U, T* X, int64_t ld, T* s
         triangular_gram<T, false>(n, X, ld, U, ld);
         mirror<T>(n, U, ld, matrix);
     }
-    return scaled_norm<T>(n, U, ld, s);
+    return condition_number(norm, scaled_norm<T>(n, U, ld, s));
 }
 
 template <class T>
 inline double invert_large(T* matrix, int64_t n, int threads) {
     Scratch<T> X(n * n), s(n);
-    for (int64_t i = 0; i < n; ++i) {
-        s[i] = std::sqrt(matrix[i * n + i]);
-        for (int64_t j = 0; j < i; ++j) matrix[j * n + i] = matrix[i * n + j];
-    }
+    for (int64_t i = 0; i < n; ++i) s[i] = T(1) / std::sqrt(matrix[i * n + i]);
+    const double norm = scaled_norm<T>(n, matrix, n, s);
+    for (int64_t i = 0; i < n; ++i) s[i] = T(1) / s[i];
+    mirror<T>(n, matrix, n, matrix);
     if (!blocked_cholesky<T>(n, matrix, n, threads)) return 1.0 / 0.0;
     blocked_inverse<T>(n, matrix, n, X, threads);
     mirror<T>(n, matrix, n, matrix);
-    return scaled_norm<T>(n, matrix, n, s);
+    return condition_number(norm, scaled_norm<T>(n, matrix, n, s));
 }
 
 template <class T>

@@ -15,9 +15,9 @@ namespace FF_NAMESPACE {
 
 template <class T>
 constexpr Kernels<T> kernels() {
-    return {sherman_morrison<T>, woodbury<T>,     fisher_accumulate<T>, spd_inverse<T>,  inverse_diagonal<T>,
+    return {sherman_morrison<T>,      woodbury<T>,     fisher_accumulate<T>, spd_inverse<T>,  inverse_diagonal<T>,
             inverse_diagonal_dual<T>, block_matvec<T>, block_matvec_dual<T>, obs_saliency<T>, obs_update<T>,
-            obs_update_dual<T>, obs_solve<T>, obs_solve_dual<T>};
+            obs_update_dual<T>,       obs_solve<T>,    obs_solve_dual<T>};
 }
 
 extern const KernelTable table;

@@ -58,7 +58,8 @@ void woodbury(T* f_inv, Gradients g, Blocks blocks, double num_grads, int thread
                 std::memcpy(s.F + i * s.ld, block + i * B, static_cast<size_t>(n) * sizeof(T));
             bool definite = true;
             for (int64_t k = 0; k < g.rows && definite; k += SLAB)
-                definite = woodbury_slab<T>(s, g, k, min(SLAB, g.rows - k), blocks.start(b), n, static_cast<T>(num_grads));
+                definite =
+                    woodbury_slab<T>(s, g, k, min(SLAB, g.rows - k), blocks.start(b), n, static_cast<T>(num_grads));
             if (!definite) {
                 fill_nan(block, B * B);
                 continue;

@@ -27,8 +27,8 @@ class FisherInverse:
 
     layout: the blocks.   form: "primal", "dual", "rank1" or "woodbury", as it was built.   damping: λ,
     absolute.
-    num_grads: m.   condition: float64 [K], ‖A⁻¹‖ of the diagonally scaled matrix behind each block, NaN where
-    none exists.
+    num_grads: m.   condition: float64 [K], of the diagonally scaled matrix behind each block as spd_inverse_ or
+    dual_factor_ returns it, NaN where none exists.
     dtype: of diagonals and of primal states; mended blocks are float64.
     """
 

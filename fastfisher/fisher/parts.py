@@ -185,21 +185,23 @@ def dual_parts(
 
 
 def _invert(state: Tensor, fill: Fill, ids: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Fill a state with F and invert it; returns which blocks can be trusted and their scaled condition, both [g]."""
-    scaled = torch.empty(len(ids), dtype=torch.float64, device=state.device)  # ‖A⁻¹‖_F
+    """Fill a state with F and invert it; returns which blocks can be trusted and their condition, both [g]."""
+    condition = torch.empty(len(ids), dtype=torch.float64, device=state.device)  # ‖A‖_F ‖A⁻¹‖_F
     fill(state, ids)
     diagonal = state.diagonal(dim1=1, dim2=2)
     gram = diagonal.to(torch.float64, copy=True)  # diag F without the damping, [g, B]
-    coherence = _coherence(state, gram)
     diagonal.add_(damping)
-    ops.spd_inverse_(state, scaled)
+    ops.spd_inverse_(state, condition)
     # F⁻¹ = D^-½ A⁻¹ D^-½, so this bounds the estimate, and it settles most blocks without another look at the state
     smallest = gram.masked_fill(gram == 0, torch.inf).amin(dim=1) + damping
-    error = torch.finfo(state.dtype).eps / 2 * coherence * scaled * (gram.amax(dim=1) / smallest).sqrt()
-    doubtful = (error > TOLERANCE) & scaled.isfinite()
+    error = torch.finfo(state.dtype).eps / 2 * condition * (gram.amax(dim=1) / smallest).sqrt()
+    doubtful = (error > TOLERANCE) & condition.isfinite()
     if doubtful.any():
-        error[doubtful] = coherence[doubtful] * _rounding_error(state[doubtful], gram[doubtful])
-    return (error <= TOLERANCE).cpu(), scaled.cpu()
+        scale = (gram[doubtful] + damping).sqrt()  # D^½
+        inverse_norm = _norm(state[doubtful].double() * scale[:, :, None] * scale[:, None, :])  # ‖A⁻¹‖_F
+        coherence = condition[doubtful] / inverse_norm
+        error[doubtful] = coherence * _rounding_error(state[doubtful], gram[doubtful])
+    return (error <= TOLERANCE).cpu(), condition.cpu()
 
 
 def _rounding_error(f_inv: Tensor, gram: Tensor) -> Tensor:
@@ -207,21 +209,12 @@ def _rounding_error(f_inv: Tensor, gram: Tensor) -> Tensor:
 
     Rounding changes F by E with |E_jk| about u sqrt(f_j f_k), f = diag(F) without the damping: a weight whose gradient
     is zero is decoupled exactly.  With v = F y the error is F⁻¹ E y, of about u ‖F⁻¹ diag(f)^½‖_F sqrt(max f).  Where
-    the gradients are alike the roundings are too; times the coherence this was never below 1.7 times the error.
+    the gradients are alike the roundings are too; times the coherence ‖A‖_F (sqrt(B) if independent, B if alike) this
+    was never below 1.7 times the error.
     f_inv: [g, B, B].   gram: f, float64 [g, B].   Returns float64 [g].
     """
     columns = f_inv.double() * gram.sqrt()[:, None, :]
     return torch.finfo(f_inv.dtype).eps / 2 * _norm(columns) * gram.amax(dim=1).sqrt()
-
-
-def _coherence(gram_matrix: Tensor, gram: Tensor) -> Tensor:
-    """‖R‖_F of the correlations R_jk = F_jk / sqrt(f_j f_k), F without the damping: sqrt(B) if independent, B if alike.
-
-    gram_matrix: F in the lower triangle, zeros above, [g, B, B].   gram: its diagonal f, float64 [g, B].
-    """
-    scale = torch.where(gram > 0, gram.rsqrt(), 0).to(gram_matrix.dtype)
-    lower = _norm((gram_matrix * scale[:, :, None]).mul_(scale[:, None, :])).double()
-    return (2 * lower.square() - (gram > 0).sum(dim=1)).clamp(min=0).sqrt()
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastfisher import environment
+from fastfisher.errors import FastFisherError
 from fastfisher.ops._registry import implement
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # ff::DType
@@ -39,12 +40,14 @@ def isas() -> list[str]:
 def _usable_isa(asked: str | None) -> str:
     names = isas()
     if asked is not None and asked not in names:
-        raise ValueError(f"{environment.ISA.name}={asked} is not available here; available: {', '.join(names)}")
+        raise FastFisherError(
+            f"{environment.ISA.name}={asked} is not available here; available: {', '.join(names)}"
+        )
     return asked or names[0]
 
 
 def selected_isa() -> str:
-    """The instruction set the kernels use: FASTFISHER_ISA, else the best one.  Raises ValueError if unavailable."""
+    """The instruction set the kernels use: FASTFISHER_ISA, else the best one.  Raises FastFisherError if unavailable."""
     return _usable_isa(environment.isa())
 
 
@@ -144,7 +147,9 @@ def _dual_factor(
 
 
 @implement("inverse_diagonal", "native", why_not)
-def _inverse_diagonal(state: Tensor, factor: Tensor | None, blocks: Tensor, damping: float, out: Tensor) -> None:
+def _inverse_diagonal(
+    state: Tensor, factor: Tensor | None, blocks: Tensor, damping: float, out: Tensor
+) -> None:
     if factor is not None:
         dual = (_grads(state), factor.data_ptr(), damping, _blocks(blocks, _longest(blocks)))
         _kernel("inverse_diagonal_dual")(_is_double(out), out.data_ptr(), *dual)

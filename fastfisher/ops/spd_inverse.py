@@ -32,8 +32,9 @@ def _reference(matrix: Tensor, condition: Tensor) -> None:
             continue
         scale = lower.diagonal().double().sqrt()  # D^1/2, [B]
         inverse = torch.cholesky_inverse(L)
+        A = (lower + lower.tril(-1).T).double() / scale[:, None] / scale
         M.copy_((inverse + inverse.T) / 2)
-        condition[b] = (scale[:, None] * M.double() * scale).norm()
+        condition[b] = A.norm() * (scale[:, None] * M.double() * scale).norm()
 
 
 def spd_inverse_(matrix: Tensor, condition: Tensor) -> None:
@@ -42,7 +43,7 @@ def spd_inverse_(matrix: Tensor, condition: Tensor) -> None:
     matrix: [K, B, B] float32/float64, contiguous; the lower triangle is read, the full symmetric inverse is
     written.
     A block with a pivot that is not positive and finite is filled with NaN.
-    condition: float64 [K], overwritten by ‖A⁻¹‖_F, A = D^-1/2 M D^-1/2, D = diag(M); +inf for a block that
+    condition: float64 [K], overwritten by ‖A‖_F ‖A⁻¹‖_F, A = D^-1/2 M D^-1/2, D = diag(M); +inf for a block that
     failed.
     Raises FastFisherError on wrong input.   Source: Higham, Accuracy and Stability of Numerical Algorithms,
     ch. 10 and 14.
