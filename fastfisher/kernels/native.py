@@ -47,7 +47,7 @@ def _usable_isa(asked: str | None) -> str:
 
 
 def selected_isa() -> str:
-    """The instruction set the kernels use: FASTFISHER_ISA, else the best one.  Raises FastFisherError if unavailable."""
+    """The instruction set in force: FASTFISHER_ISA, else the best one.  Raises FastFisherError if unavailable."""
     return _usable_isa(environment.isa())
 
 
