@@ -7,21 +7,33 @@
 namespace ff {
 namespace FF_NAMESPACE {
 
+constexpr int64_t REACH = 2048;  // weights looked at to gather DEPTH kept ones
+
 // Upper triangle of one tile of C: rows i0.., columns j0.. >= i0, of sum_q G[i, q] G[j, q] over the weights that `keep`
-// does not exclude.
+// (if given) does not exclude; only those are packed and multiplied.
 inline void dual_gram_tile(double* C, int64_t k, const Gradients& g, int64_t start, int64_t n, const uint8_t* keep,
                            double ridge, int64_t i0, int64_t j0) {
     const int64_t rows = min(SPAN, k - i0), columns = min(SPAN, k - j0);
     TileScratch<double> s;
-    Scratch<double> lines(MR * DEPTH);
+    Scratch<double> lines(MR * REACH);
+    Scratch<int64_t> kept(DEPTH);
+    const int64_t* picked = keep ? static_cast<int64_t*>(kept) : nullptr;
     fill_zero<double>(s.c, padded<double>(rows) * s.ld);
-    for (int64_t q = 0; q < n; q += DEPTH) {
-        const int64_t depth = min(DEPTH, n - q);
-        pack_transposed<double>(g, i0, rows, start + q, depth, keep, s.a, s.ld, padded<double>(rows), lines);
+    for (int64_t q = 0, span; q < n; q += span) {
+        int64_t depth = 0;
+        if (keep) {
+            for (span = 0; span < min(REACH, n - q) && depth < DEPTH; ++span)
+                if (keep[start + q + span]) kept[depth++] = span;
+        } else {
+            span = depth = min(DEPTH, n - q);
+        }
+        if (depth == 0) continue;
+        pack_transposed<double>(g, i0, rows, start + q, depth, s.a, s.ld, padded<double>(rows), lines, picked, span);
         if (i0 == j0) {
             gram_lower<double, 1>(depth, s.a, s.ld, rows, s.c, s.ld);
         } else {
-            pack_transposed<double>(g, j0, columns, start + q, depth, keep, s.b, s.ld, padded<double>(columns), lines);
+            pack_transposed<double>(g, j0, columns, start + q, depth, s.b, s.ld, padded<double>(columns), lines, picked,
+                                    span);
             product<double, 1>(depth, s.a, s.ld, rows, s.b, s.ld, columns, s.c, s.ld);
         }
     }
@@ -52,7 +64,7 @@ inline double inverse_norm(int64_t k, const double* U, const double* diagonal) {
     for (int64_t i = 0; i < k; ++i) x[i] = (i * 2654435761u >> 7 & 1) ? 1.0 : -1.0;
     double norm = std::sqrt(static_cast<double>(k));
     double estimate = 1;
-    for (int iteration = 0; iteration < 5; ++iteration) {
+    for (int iteration = 0; iteration < 3; ++iteration) {
         for (int64_t i = 0; i < k; ++i) x[i] *= std::sqrt(diagonal[i]) / norm;
         solve_vectors<double>(k, U, k, x, 1);
         double squares = 0;
@@ -66,20 +78,26 @@ inline double inverse_norm(int64_t k, const double* U, const double* diagonal) {
     return estimate < 1.0 / 0.0 ? estimate : 1.0 / 0.0;
 }
 
-// All of it for k <= SPAN: the matrix is summed and factored in scratch memory that a task sets up once.
+// All of it for k <= IN_CACHE: the matrix is summed and factored in scratch memory that a task sets up once. Matrix and
+// panel share the second-level cache, so the panel is shallow beside a large matrix.
 struct DualScratch {
     explicit DualScratch(int64_t k)
-        : ld(leading<double>(k)), panel(DEPTH * ld), C(padded<double>(k) * ld), lines(MR * DEPTH), diagonal(k) {}
-    const int64_t ld;
+        : depth(k <= DEPTH ? DEPTH : DEPTH / 2),
+          ld(leading<double>(k)),
+          panel(depth * ld),
+          C(padded<double>(k) * ld),
+          lines(MR * depth),
+          diagonal(k) {}
+    const int64_t depth, ld;
     Scratch<double> panel, C, lines, diagonal;
 };
 
 inline double factor_in_cache(double* U, const Gradients& g, int64_t start, int64_t n, double ridge, DualScratch& s) {
     const int64_t k = g.rows, kp = padded<double>(k);
     fill_zero<double>(s.C, kp * s.ld);
-    for (int64_t q = 0; q < n; q += DEPTH) {
-        const int64_t depth = min(DEPTH, n - q);
-        pack_transposed<double>(g, 0, k, start + q, depth, nullptr, s.panel, s.ld, kp, s.lines);
+    for (int64_t q = 0; q < n; q += s.depth) {
+        const int64_t depth = min(s.depth, n - q);
+        pack_transposed<double>(g, 0, k, start + q, depth, s.panel, s.ld, kp, s.lines);
         gram_upper<double>(depth, s.panel, s.ld, k, s.C, s.ld);
     }
     for (int64_t i = 0; i < kp; ++i) s.C[i * s.ld + i] += i < k ? ridge : 1.0;
@@ -108,7 +126,7 @@ inline void dual_factor(double* factor, Gradients g, Blocks blocks, double num_g
         condition[b] = value;
         if (!(value < 1.0 / 0.0)) fill_nan(factor + b * k * k, k * k);
     };
-    if (k <= SPAN) {
+    if (k <= IN_CACHE) {
         const int64_t per_task = blocks_per_task(blocks.count, threads);
         auto task = [&](int64_t t) {
             DualScratch s(k);

@@ -78,26 +78,26 @@ inline void pack_rows(const Gradients& g, int64_t row, int64_t rows, int64_t col
 }
 
 // panel [columns, ld] <- the transpose of grads[row .. row + rows, column .. column + columns), zero-padded to `width`
-// entries a row. Columns with keep[column] == 0 are read as 0 when `keep` (indexed like the weights) is given.
-// lines: scratch for MR rows of `columns` entries.
+// entries a row. With `picked`, the columns are column + picked[0 .. columns) instead, ascending and below column +
+// span. lines: scratch for MR rows of `columns` (or `span`) entries.
 template <class T>
-inline void pack_transposed(const Gradients& g, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                            const uint8_t* keep, T* panel, int64_t ld, int64_t width, T* lines) {
+inline void pack_transposed(const Gradients& g, int64_t row, int64_t rows, int64_t column, int64_t columns, T* panel,
+                            int64_t ld, int64_t width, T* lines, const int64_t* picked = nullptr, int64_t span = 0) {
+    const int64_t read = picked ? span : columns;
     for (int64_t r0 = 0; r0 < width; r0 += MR) {
         for (int64_t r = 0; r < MR; ++r) {
-            T* line = lines + r * columns;
+            T* line = lines + r * read;
             if (r0 + r >= rows) {
                 fill_zero(line, columns);
                 continue;
             }
-            read_row(g, row + r0 + r, column, columns, line);
-            if (keep) {
-                for (int64_t c = 0; c < columns; ++c) line[c] = keep[column + c] ? line[c] : T(0);
-            }
+            read_row(g, row + r0 + r, column, read, line);
+            if (picked)
+                for (int64_t c = 0; c < columns; ++c) line[c] = line[picked[c]];
         }
         for (int64_t c = 0; c < columns; ++c) {
 #pragma GCC unroll 8
-            for (int64_t r = 0; r < MR; ++r) panel[c * ld + r0 + r] = lines[r * columns + c];
+            for (int64_t r = 0; r < MR; ++r) panel[c * ld + r0 + r] = lines[r * read + c];
         }
     }
 }

@@ -17,7 +17,7 @@ void inverse_diagonal(T* out, const T* f_inv, Blocks blocks, int threads) {
     parallel(ceil_div(blocks.count, per_task), threads, task);
 }
 
-constexpr int64_t STRIP = 96;  // columns of V at a time
+constexpr int64_t STRIP = 192;  // columns of V at a time
 
 // V [k, columns] (scratch, in place of G) <- L^-1 G, panels of SPAN rows; U is plain memory.
 inline void substitute_strip(int64_t k, const double* U, double* V, int64_t ldv, int64_t columns, double* panel,

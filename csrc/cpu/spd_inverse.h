@@ -16,7 +16,7 @@ inline void fill_nan(T* p, int64_t n) {
 }
 
 // Up to this size both triangles of the inverse are computed: cheaper than mirroring one entry by entry.
-constexpr int64_t MIRRORED_BY_PRODUCT = 96;
+constexpr int64_t MIRRORED_BY_PRODUCT = 64;
 
 // ||s C s||_F of a symmetric C [n, n], of which the lower triangle is read.
 template <class T>
@@ -24,21 +24,21 @@ inline double scaled_norm(int64_t n, const T* C, int64_t ld, const T* s) {
     double squares = 0;
     for (int64_t i = 0; i < n; ++i) {
         const T* row = C + i * ld;
-        T lanes[16] = {};
+        Vec<T> sums = {};
         int64_t j = 0;
-        for (; j + 16 <= i; j += 16) {
-            for (int64_t l = 0; l < 16; ++l) {
-                const T scaled = row[j + l] * s[i] * s[j + l];
-                lanes[l] += scaled * scaled;
-            }
-        }
-        for (int64_t l = 0; j < i; ++j, ++l) {
-            const T scaled = row[j] * s[i] * s[j];
-            lanes[l] += scaled * scaled;
+        for (; j + W<T> <= i; j += W<T>) {
+            Vec<T> c;
+            std::memcpy(&c, row + j, sizeof c);
+            const Vec<T> scaled = c * (s[i] * vec(s + j));
+            sums += scaled * scaled;
         }
         double sum = 0;
-        for (T lane : lanes) sum += static_cast<double>(lane);
-        const double diagonal = static_cast<double>(row[i] * s[i] * s[i]);
+        for (int64_t l = 0; l < W<T>; ++l) sum += static_cast<double>(sums[l]);
+        for (; j < i; ++j) {
+            const double scaled = static_cast<double>(row[j] * (s[i] * s[j]));
+            sum += scaled * scaled;
+        }
+        const double diagonal = static_cast<double>(row[i] * (s[i] * s[i]));
         squares += 2 * sum + diagonal * diagonal;
     }
     return std::sqrt(squares);

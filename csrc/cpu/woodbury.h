@@ -28,7 +28,7 @@ template <class T>
 inline bool woodbury_slab(WoodburyScratch<T>& s, const Gradients& g, int64_t row, int64_t k, int64_t start, int64_t n,
                           T m) {
     const int64_t kp = padded<T>(k), np = padded<T>(n);
-    pack_transposed<T>(g, row, k, start, n, nullptr, s.Gt, s.ldk, kp, s.lines);  // [n, k]
+    pack_transposed<T>(g, row, k, start, n, s.Gt, s.ldk, kp, s.lines);  // [n, k]
     fill_zero<T>(s.V, np * s.ldk);
     product<T, 1>(n, s.F, s.ld, n, s.Gt, s.ldk, k, s.V, s.ldk);  // F is symmetric: F^T G^T = V [n, k]
     fill_zero<T>(s.C, kp * s.ldk);

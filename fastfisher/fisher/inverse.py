@@ -14,6 +14,7 @@ from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher import parts as _parts
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.parts import Part
+from fastfisher.ops.memory import empty_state
 
 FORMS = ("auto", "primal", "dual", "rank1", "woodbury")
 DAMPING_MODES = ("absolute", "relative")
@@ -86,7 +87,7 @@ class FisherInverse:
             damping = _absolute(damping, sum_of_squares(flat) / (m * layout.num_weights))
         dtype = _parts.state_dtype(flat.dtype)
         if form == "dual":
-            state = flat if own else flat.clone(memory_format=torch.contiguous_format)
+            state = flat if own else empty_state(tuple(flat.shape), flat.dtype, flat.device).copy_(flat)
             parts, condition = _parts.dual_parts(state, layout, num_grads=m, damping=damping)
         elif form == "primal":
             source = _parts.gram_source(flat, layout, m)
