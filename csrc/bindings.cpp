@@ -65,6 +65,11 @@ PYBIND11_MODULE(_native, module) {
     module.def("advise_huge_pages",
                [](Address memory, size_t bytes) { ff::advise_huge_pages(at<void>(memory), bytes); });
 
+    module.def("fill_zero", [](int threads, Address memory, size_t bytes) {
+        py::gil_scoped_release release;
+        ff::fill_zero(at<void>(memory), bytes, threads);
+    });
+
     module.def("sherman_morrison", [](const std::string& isa, int threads, bool is_double, Address f_inv, Gradients g,
                                       Blocks blocks, double num_grads) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {

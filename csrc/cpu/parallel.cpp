@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <new>
@@ -106,6 +107,20 @@ void advise_huge_pages(void* memory, size_t bytes) {
 #else
     (void)memory, (void)bytes;
 #endif
+}
+
+void fill_zero(void* memory, size_t bytes, int threads) {
+    static constexpr size_t PIECE = 1u << 20;
+    struct Range {
+        char* first;
+        size_t bytes;
+    } range{static_cast<char*>(memory), bytes};
+    const auto piece = [](void* context, int64_t task) {
+        const Range& all = *static_cast<Range*>(context);
+        const size_t from = static_cast<size_t>(task) * PIECE;
+        std::memset(all.first + from, 0, std::min(PIECE, all.bytes - from));
+    };
+    parallel_for(static_cast<int64_t>((bytes + PIECE - 1) / PIECE), threads, piece, &range);
 }
 
 }  // namespace ff

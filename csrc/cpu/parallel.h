@@ -18,4 +18,7 @@ void give_scratch(void* memory, size_t bytes);
 // Asks the system for huge pages behind fresh memory: touching it for the first time then costs a third. Only a hint.
 void advise_huge_pages(void* memory, size_t bytes);
 
+// Writes zeros.
+void fill_zero(void* memory, size_t bytes, int threads);
+
 }  // namespace ff

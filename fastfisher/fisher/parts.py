@@ -19,7 +19,8 @@ from torch import Tensor
 from fastfisher import ops
 from fastfisher.errors import FisherError
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.ops.memory import empty_state
+from fastfisher.ops.memory import empty_state, zero_state
+from fastfisher.ops.threads import torch_on_one_thread
 
 TOLERANCE = 1e-4  # largest relative error of diag F⁻¹ and of F⁻¹v that a block may be estimated to have
 REFINE = 1e-6  # a dual product with a larger estimated error is refined, see Part.refine
@@ -79,7 +80,7 @@ def gram_source(grads: Tensor, layout: BlockLayout, num_grads: int) -> Source:
     blocks = layout.blocks.to(grads.device)
 
     def fill(state: Tensor, ids: Tensor) -> None:
-        ops.fisher_accumulate_(state.zero_(), grads, select(blocks, ids), num_grads)
+        ops.fisher_accumulate_(zero_state(state), grads, select(blocks, ids), num_grads)
 
     for first, last in groups(layout, state_dtype(grads.dtype)):
         yield first, last, fill
@@ -96,6 +97,7 @@ def _copy(fisher: Tensor, first: int, state: Tensor, ids: Tensor) -> None:
     state.copy_(fisher if len(ids) == len(fisher) else fisher[ids - first])
 
 
+@torch_on_one_thread()
 def primal_parts(
     source: Source,
     layout: BlockLayout,
@@ -123,6 +125,7 @@ def primal_parts(
     return [*shelf.parts(), *mender.parts()], condition
 
 
+@torch_on_one_thread()
 def running_parts(
     grads: Tensor, layout: BlockLayout, *, form: str, num_grads: int, damping: float
 ) -> tuple[list[Part], Tensor]:
@@ -149,6 +152,7 @@ def running_parts(
     return [*shelf.parts(), *mender.parts()], condition
 
 
+@torch_on_one_thread()
 def dual_parts(
     grads: Tensor, layout: BlockLayout, *, num_grads: int, damping: float
 ) -> tuple[list[Part], Tensor]:
@@ -173,7 +177,7 @@ def dual_parts(
     mender = _Mender(layout, num_grads, damping, grads.device)
 
     def fill(state: Tensor, ids: Tensor) -> None:
-        ops.fisher_accumulate_(state.zero_(), grads, select(blocks, ids), num_grads)
+        ops.fisher_accumulate_(zero_state(state), grads, select(blocks, ids), num_grads)
 
     for b in ids[~good]:
         mender.mend(fill, b[None], condition, hopeless=layout.block_size > LARGEST_MENDED_BLOCK)
@@ -246,7 +250,7 @@ def _dual_errors(
 
 def start_from_damping(state: Tensor, damping: float) -> None:
     """F⁻¹ = I / λ, the inverse before the first gradient.   state: [K, B, B], overwritten."""
-    state.zero_().diagonal(dim1=1, dim2=2).fill_(1 / damping)
+    zero_state(state).diagonal(dim1=1, dim2=2).fill_(1 / damping)
 
 
 def running_step(form: str, state: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastfisher import environment
 from fastfisher.errors import FastFisherError
 from fastfisher.ops._registry import implement
+from fastfisher.ops.threads import kernel_threads
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # ff::DType
 
@@ -57,8 +58,12 @@ def advise_huge_pages(tensor: Tensor) -> None:
         _native.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
-def _threads() -> int:
-    return environment.num_threads() or torch.get_num_threads()
+def fill_zero(tensor: Tensor) -> bool:
+    """Write zeros into contiguous CPU memory; False where the extension cannot."""
+    if _native is None or tensor.device.type != "cpu":
+        return False
+    _native.fill_zero(kernel_threads(), tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return True
 
 
 def why_not(*args: object) -> str | None:
@@ -76,7 +81,7 @@ def why_not(*args: object) -> str | None:
 
 def _kernel(name: str) -> Callable[..., None]:
     """The C++ function, bound to the instruction set and the number of threads in force."""
-    isa, threads = selected_isa(), _threads()
+    isa, threads = selected_isa(), kernel_threads()
     function = getattr(_native, name)
     return lambda *args: function(isa, threads, *args)
 

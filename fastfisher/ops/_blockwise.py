@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from fastfisher.ops._registry import Implementation, implement
+from fastfisher.ops.threads import torch_on_one_thread
 
 # A block over a whole network has millions of columns; float64 copies of its gradients are made a tile at a
 # time.
@@ -16,25 +16,10 @@ TILE = 4096
 
 
 def reference(name: str) -> Callable[[Implementation], Implementation]:
-    """Register the decorated function as the reference of an op; it runs on one thread.
-
-    The matrix routines behind torch round differently on another number of threads, and a result may not.
-    """
+    """Register the decorated function as the reference of an op; it runs on one thread."""
 
     def register(function: Implementation) -> Implementation:
-        @functools.wraps(function)
-        def on_one_thread(*args: object) -> None:
-            threads = torch.get_num_threads()
-            if threads == 1:
-                function(*args)
-                return
-            torch.set_num_threads(1)
-            try:
-                function(*args)
-            finally:
-                torch.set_num_threads(threads)
-
-        return implement(name, "reference")(on_one_thread)
+        return implement(name, "reference")(torch_on_one_thread()(function))
 
     return register
 
