@@ -143,6 +143,14 @@ inline double scaled_inverse_norm(const Matrix& a, const Matrix& inv, int64_t n)
     return std::sqrt(squares);
 }
 
+// ||D^-1/2 A D^-1/2||_F: the norm of A scaled to unit diagonal.
+inline double scaled_norm(const Matrix& a, int64_t n) {
+    double squares = 0;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < n; ++j) squares += a[i * n + j] * a[i * n + j] / (a[i * n + i] * a[j * n + j]);
+    return std::sqrt(squares);
+}
+
 // lambda I + G^T G / m over one block, or over the weights of it that `keep` names.
 inline Matrix block_fisher(const Problem& p, const Matrix& grads, int64_t b) {
     const int64_t start = p.range[2 * b], n = p.range[2 * b + 1] - start;
@@ -303,8 +311,10 @@ class Checker {
             for (int64_t i = 0; i < length(b); ++i)
                 expect_near(&got[b * area() + i * B], &inverse_[b][i * length(b)], length(b), TOLERANCE, "spd_inverse",
                             p_);
-            const double norm = scaled_inverse_norm(fisher_[b], inverse_[b], length(b));
-            const double want = std::sqrt(norm * norm + static_cast<double>(B - length(b)));
+            const double norm = scaled_norm(fisher_[b], length(b));
+            const double inverse_norm = scaled_inverse_norm(fisher_[b], inverse_[b], length(b));
+            const double padding = static_cast<double>(B - length(b));  // of the unit diagonal, in both
+            const double want = std::sqrt((norm * norm + padding) * (inverse_norm * inverse_norm + padding));
             expect_near(&condition[b], &want, 1, 1e-2, "condition of spd_inverse", p_);
         }
         std::vector<T> broken = padded_fisher();
