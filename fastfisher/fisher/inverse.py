@@ -15,6 +15,7 @@ from fastfisher.fisher import parts as _parts
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.parts import Part
 from fastfisher.ops.memory import empty_state
+from fastfisher.ops.threads import torch_on_one_thread
 
 FORMS = ("auto", "primal", "dual", "rank1", "woodbury")
 DAMPING_MODES = ("absolute", "relative")
@@ -252,6 +253,7 @@ class FisherInverse:
             self._diagonal = diagonal
         return self._diagonal
 
+    @torch_on_one_thread()
     def _refined_product(self, part: Part, x: Tensor, out: Tensor) -> None:
         """out = F⁻¹ x of a dual part by two steps of y ← y + F⁻¹ (x − F y) in float64.   x, out: [d, n]."""
         x = x.double()
