@@ -235,15 +235,25 @@ def draw(
 
 
 def write_record(
-    path: Path, curves: Curves, bars: Sequence[dict[str, Any]], settings: Mapping[str, Any], command: str
+    path: Path,
+    curves: Curves,
+    bars: Sequence[dict[str, Any]],
+    options: argparse.Namespace,
+    keys: Sequence[str],
 ) -> None:
-    """Machine, command, settings, seconds and bars beside the table and the picture."""
+    """Machine, command, settings, seconds and bars beside the table.   keys: the options that make up the settings."""
+    settings = {key: getattr(options, key) for key in keys}
+    changed = [
+        f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in settings.items()
+        if value != options.defaults[key]
+    ]
     record = {
-        "command": command,
+        "command": " ".join([f"python -m benchmarks.paper.{options.defaults['name']}", *changed]),
         "date": datetime.date.today().isoformat(),
         "commit": machine.commit(),
         "machine": machine.describe(),
-        "settings": dict(settings),
+        "settings": settings,
         "seconds": {phase: round(spent, 1) for phase, spent in curves.seconds.items()},
         "dense": curves.accuracy["dense", 0.0],
         "bars": list(bars),
@@ -273,12 +283,5 @@ def report(
     write_csv(target.with_suffix(".csv"), curves)
     draw(target.with_suffix(".png"), curves, panels, options.sparsities, title)
     keys = ("samples", "grad_batch_size", "damping", "seeds", "sparsities", "name")
-    settings = {key: getattr(options, key) for key in keys}
-    changed = [
-        f"--{key.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for key, value in settings.items()
-        if value != options.defaults[key]
-    ]
-    command = " ".join([f"python -m benchmarks.paper.{options.defaults['name']}", *changed])
-    write_record(target.with_suffix(".json"), curves, bars, settings, command)
+    write_record(target.with_suffix(".json"), curves, bars, options, keys)
     print(f"\nwritten: {target}.csv, .png, .json")
