@@ -55,6 +55,7 @@ class FisherInverse:
         self._diagonal: Tensor | None = None
 
     @classmethod
+    @torch_on_one_thread()
     def from_grads(
         cls,
         grads: Tensor | Mapping[str, Tensor],
