@@ -74,8 +74,9 @@ def _torch() -> Iterator[Finding]:
         return
     import torch
 
-    threads = environment.num_threads() or torch.get_num_threads()
-    yield Finding("threads", "ok", f"{threads} for the kernels, {torch.get_num_threads()} for torch")
+    from fastfisher.ops.threads import kernel_threads
+
+    yield Finding("threads", "ok", f"{kernel_threads()} for the kernels, {torch.get_num_threads()} for torch")
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")

@@ -18,7 +18,7 @@ template <class T>
 void block_matvec(T* out, const T* x, int64_t n, const T* f_inv, Blocks blocks, int threads) {
     const int64_t B = blocks.size;
     const int64_t rows_per_task = max<int64_t>(1, 65536 / (B * n));
-    const int64_t pieces = ceil_div(B, max(rows_per_task, int64_t(1)));
+    const int64_t pieces = ceil_div(B, rows_per_task);
     const int64_t per_task = max<int64_t>(1, rows_per_task / B);
     // Small blocks: several to a task. Large blocks: several tasks to a block.
     auto task = [&](int64_t t) {

@@ -133,7 +133,7 @@ template <class T>
 inline void substitute(int64_t n, const T* U, int64_t ldu, T* R, int64_t ldr, int64_t columns) {
     for (int64_t i0 = 0; i0 < n; i0 += MR) {
         tile_row<T, -1>(i0, U + i0, ldu, R, ldr, R + i0 * ldr, ldr, columns);
-        substitute_panel(i0, U, ldu, R + 0, ldr, columns);
+        substitute_panel(i0, U, ldu, R, ldr, columns);
     }
 }
 

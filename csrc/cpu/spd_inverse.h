@@ -44,6 +44,15 @@ inline double scaled_norm(int64_t n, const T* C, int64_t ld, const T* s) {
     return std::sqrt(squares);
 }
 
+// s <- the square roots of the diagonal of a matrix [n, n]; returns the norm of the matrix scaled to unit diagonal.
+template <class T>
+inline double scale_of(int64_t n, const T* matrix, T* s) {
+    for (int64_t i = 0; i < n; ++i) s[i] = T(1) / std::sqrt(matrix[i * n + i]);
+    const double norm = scaled_norm<T>(n, matrix, n, s);
+    for (int64_t i = 0; i < n; ++i) s[i] = T(1) / s[i];
+    return norm;
+}
+
 // ||A||_F ||A^-1||_F from its factors; +inf where it is not a number.
 FF_INLINE double condition_number(double norm, double inverse_norm) {
     const double product = norm * inverse_norm;
@@ -67,9 +76,7 @@ inline double invert_in_cache(T* matrix, int64_t n, T* U, T* X, int64_t ld, T* s
     for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j <= i; ++j) U[j * ld + i] = matrix[i * n + j];
     for (int64_t i = n; i < np; ++i) U[i * ld + i] = T(1);
-    for (int64_t i = 0; i < n; ++i) s[i] = T(1) / std::sqrt(U[i * ld + i]);
-    const double norm = scaled_norm<T>(n, matrix, n, s);
-    for (int64_t i = 0; i < n; ++i) s[i] = T(1) / s[i];
+    const double norm = scale_of<T>(n, matrix, s);
     if (!cholesky<T>(n, U, ld)) return 1.0 / 0.0;
     triangular_inverse<T>(n, U, ld, X, ld);
     if (n <= MIRRORED_BY_PRODUCT) {
@@ -85,9 +92,7 @@ inline double invert_in_cache(T* matrix, int64_t n, T* U, T* X, int64_t ld, T* s
 template <class T>
 inline double invert_large(T* matrix, int64_t n, int threads) {
     Scratch<T> X(n * n), s(n);
-    for (int64_t i = 0; i < n; ++i) s[i] = T(1) / std::sqrt(matrix[i * n + i]);
-    const double norm = scaled_norm<T>(n, matrix, n, s);
-    for (int64_t i = 0; i < n; ++i) s[i] = T(1) / s[i];
+    const double norm = scale_of<T>(n, matrix, s);
     mirror<T>(n, matrix, n, matrix);
     if (!blocked_cholesky<T>(n, matrix, n, threads)) return 1.0 / 0.0;
     blocked_inverse<T>(n, matrix, n, X, threads);

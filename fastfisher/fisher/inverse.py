@@ -14,7 +14,7 @@ from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher import parts as _parts
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.parts import Part
-from fastfisher.ops.memory import empty_state
+from fastfisher.ops.memory import empty_state, zero_state
 from fastfisher.ops.threads import torch_on_one_thread
 
 FORMS = ("auto", "primal", "dual", "rank1", "woodbury")
@@ -415,16 +415,18 @@ class FisherAccumulator:
             raise FastFisherError(f"grads must be of a float dtype, got {grads.dtype}")
         self._grads_dtype = grads.dtype
         if self.form == "dual":
-            self._states = [grads.new_empty(self.num_grads, self.layout.num_weights)]
+            self._states = [empty_state((self.num_grads, self.layout.num_weights), grads.dtype, grads.device)]
             return
         running = self.form != "primal"
         dtype = _parts.state_dtype(grads.dtype) if running else self._dtype
         size = self.layout.block_size
         blocks = self.layout.blocks.to(grads.device)
         for first, last in _parts.groups(self.layout, dtype):
-            state = torch.zeros(last - first, size, size, dtype=dtype, device=grads.device)
+            state = empty_state((last - first, size, size), dtype, grads.device)
             if running:
                 _parts.start_from_damping(state, self._damping)
+            else:
+                zero_state(state)
             self._states.append(state)
             self._blocks.append(blocks[first:last])
         if running:

@@ -75,13 +75,18 @@ def select(blocks: Tensor, ids: Tensor) -> Tensor:
     return blocks[ids.to(blocks.device)]
 
 
-def gram_source(grads: Tensor, layout: BlockLayout, num_grads: int) -> Source:
-    """Groups of blocks whose Fisher comes straight from gradients [k, d]."""
-    blocks = layout.blocks.to(grads.device)
+def gram_fill(grads: Tensor, blocks: Tensor, num_grads: int) -> Fill:
+    """What fills a state with the Fisher of some of the blocks, straight from gradients [k, d]."""
 
     def fill(state: Tensor, ids: Tensor) -> None:
         ops.fisher_accumulate_(zero_state(state), grads, select(blocks, ids), num_grads)
 
+    return fill
+
+
+def gram_source(grads: Tensor, layout: BlockLayout, num_grads: int) -> Source:
+    """Groups of blocks whose Fisher comes straight from gradients [k, d]."""
+    fill = gram_fill(grads, layout.blocks.to(grads.device), num_grads)
     for first, last in groups(layout, state_dtype(grads.dtype)):
         yield first, last, fill
 
@@ -175,10 +180,7 @@ def dual_parts(
     if good.all():
         return [Part(grads, factor, blocks, ids, refine)], condition
     mender = _Mender(layout, num_grads, damping, grads.device)
-
-    def fill(state: Tensor, ids: Tensor) -> None:
-        ops.fisher_accumulate_(zero_state(state), grads, select(blocks, ids), num_grads)
-
+    fill = gram_fill(grads, blocks, num_grads)
     for b in ids[~good]:
         mender.mend(fill, b[None], condition, hopeless=layout.block_size > LARGEST_MENDED_BLOCK)
     kept = ids[good]
