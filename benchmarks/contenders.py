@@ -238,16 +238,13 @@ def _spd_inverse(data: Inputs) -> dict[str, Contender]:
         for p in data.parts
     ]
 
-    def padded() -> tuple[Tensor, Tensor]:
-        matrix = rivals.scaled_identity(len(data.blocks), data.block_size, DAMPING, data.grads)
-        for b in range(len(data.blocks)):
-            _our_block(data, matrix, b).copy_(_pick(fishers, b))
-        return matrix, torch.empty(len(matrix), dtype=torch.float64)
-
-    template, condition = padded()
+    template = rivals.scaled_identity(len(data.blocks), data.block_size, DAMPING, data.grads)
+    for b in range(len(data.blocks)):
+        _our_block(data, template, b).copy_(_pick(fishers, b))
+    condition, amplification = torch.empty(2, len(template), dtype=torch.float64)
     return {
         "ours": Contender(
-            lambda: (template.clone(), condition),
+            lambda: (template.clone(), condition, amplification),
             ops.spd_inverse_,
             lambda b, _, state, *rest: _inverse_answer(_our_block(data, state, b), data.x[data.range(b)]),
         ),

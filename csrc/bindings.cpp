@@ -89,12 +89,21 @@ PYBIND11_MODULE(_native, module) {
         });
     });
     module.def("spd_inverse", [](const std::string& isa, int threads, bool is_double, Address matrix, int64_t count,
-                                 int64_t size, Address condition) {
+                                 int64_t size, double damping, Address condition, Address amplification) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {
-            kernels.spd_inverse(at<std::remove_pointer_t<decltype(t)>>(matrix), count, size, at<double>(condition),
-                                threads);
+            kernels.spd_inverse(at<std::remove_pointer_t<decltype(t)>>(matrix), count, size, damping,
+                                at<double>(condition), at<double>(amplification), threads);
         });
     });
+    module.def("inverse_from_grads",
+               [](const std::string& isa, int threads, bool is_double, Address f_inv, Address inv_diag, Gradients g,
+                  Blocks blocks, double num_grads, double damping, Address condition, Address amplification) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.inverse_from_grads(at<T>(f_inv), at<T>(inv_diag), g, blocks, num_grads, damping,
+                                                  at<double>(condition), at<double>(amplification), threads);
+                   });
+               });
     module.def("dual_factor", [](const std::string& isa, int threads, Address factor, Gradients g, Blocks blocks,
                                  double num_grads, double damping, Address condition) {
         const ff::KernelTable& kernels = table(isa);
@@ -130,11 +139,26 @@ PYBIND11_MODULE(_native, module) {
                                       blocks, threads);
         });
     });
+    module.def("fisher_vector_product", [](const std::string& isa, int threads, bool is_double, Address out, Address x,
+                                           int64_t columns, Gradients g, Blocks blocks, double num_grads) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.fisher_vector_product(at<T>(out), at<const T>(x), columns, g, blocks, num_grads, threads);
+        });
+    });
     module.def("obs_saliency", [](const std::string& isa, int threads, bool is_double, Address out, Address weight,
                                   Address inv_diag, int64_t count) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {
             using T = std::remove_pointer_t<decltype(t)>;
             kernels.obs_saliency(at<T>(out), at<const T>(weight), at<const T>(inv_diag), count, threads);
+        });
+    });
+    module.def("prune_mask", [](const std::string& isa, int threads, bool is_double, Address mask, Address invalid,
+                                Address saliency, Address dead, int64_t count, int64_t num_zeros) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.prune_mask(at<uint8_t>(mask), at<int64_t>(invalid), at<const T>(saliency), at<const uint8_t>(dead),
+                               count, num_zeros, threads);
         });
     });
     module.def("obs_update", [](const std::string& isa, int threads, bool is_double, Address weight, Address f_inv,

@@ -1,5 +1,5 @@
 // out [d, n] <- F^-1 x, block by block. Primal: one pass over f_inv. Dual: (x - G^T C^-1 G x) / damping, summed in
-// float64: two passes over the gradients and two triangular solves.
+// float64: two passes over the gradients and two triangular solves. The product with F itself is those two passes.
 #pragma once
 #include "dense.h"
 #include "fisher_accumulate.h"
@@ -111,6 +111,17 @@ void block_matvec_dual(T* out, const T* x, int64_t n, Dual dual, Blocks blocks, 
             out[q * n + i] = static_cast<T>((static_cast<double>(x[q * n + i]) - sum[i]) / dual.damping);
     };
     transposed_times(y, dual.grads, blocks, n, threads, finish);
+}
+
+// out [d, n] <- G^T (G x) / m per block, in float64.
+template <class T>
+void fisher_vector_product(T* out, const T* x, int64_t n, Gradients g, Blocks blocks, double num_grads, int threads) {
+    Scratch<double> y(blocks.count * g.rows * n);
+    gradients_times<T>(y, g, blocks, x, n, threads);
+    auto finish = [&](int64_t q, int64_t columns, const double* sum) {
+        for (int64_t i = 0; i < columns * n; ++i) out[q * n + i] = static_cast<T>(sum[i] / num_grads);
+    };
+    transposed_times(y, g, blocks, n, threads, finish);
 }
 
 }  // namespace FF_NAMESPACE

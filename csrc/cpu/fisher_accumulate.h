@@ -24,16 +24,22 @@ FF_INLINE int64_t blocks_per_task(int64_t num_blocks, int threads) {
     return max<int64_t>(1, min<int64_t>(64, num_blocks / (8 * threads)));
 }
 
-// A block [n, n] whose panel fits into cache tiles of its own.
+// sum [n, n] (scratch), lower triangle <- G^T G of one block whose panel fits into cache tiles of its own.
 template <class T>
-inline void accumulate_block(T* fisher, int64_t B, const Gradients& g, int64_t start, int64_t n, T factor, T* panel,
-                             T* sum, int64_t ld, int64_t rows_at_once, int64_t ahead) {
+inline void sum_block(const Gradients& g, int64_t start, int64_t n, T* panel, T* sum, int64_t ld, int64_t rows_at_once,
+                      int64_t ahead) {
     fill_zero(sum, padded<T>(n) * ld);
     for (int64_t k = 0; k < g.rows; k += rows_at_once) {
         const int64_t rows = min(rows_at_once, g.rows - k);
         pack_rows(g, k, rows, start, n, panel, ld, padded<T>(n), ahead);
         gram_lower<T, 1>(rows, panel, ld, n, sum, ld);
     }
+}
+
+template <class T>
+inline void accumulate_block(T* fisher, int64_t B, const Gradients& g, int64_t start, int64_t n, T factor, T* panel,
+                             T* sum, int64_t ld, int64_t rows_at_once, int64_t ahead) {
+    sum_block(g, start, n, panel, sum, ld, rows_at_once, ahead);
     for (int64_t i = 0; i < n; ++i) {
         T* __restrict__ out = fisher + i * B;
         const T* __restrict__ in = sum + i * ld;

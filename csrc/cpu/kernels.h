@@ -43,17 +43,29 @@ struct Kernels {
     void (*woodbury)(T* f_inv, Gradients, Blocks, double num_grads, int threads);
     // fisher [K, B, B] += G^T G / m, lower triangle only.
     void (*fisher_accumulate)(T* fisher, Gradients, Blocks, double num_grads, int threads);
-    // matrix [K, B, B] <- its inverse, from the lower triangle. condition [K]: ||A||_F ||A^-1||_F, A = the matrix
-    // scaled to unit diagonal; +inf (and NaN in the block) where a pivot is not positive and finite.
-    void (*spd_inverse)(T* matrix, int64_t num_blocks, int64_t block_size, double* condition, int threads);
+    // matrix [K, B, B] <- F^-1, F = matrix + damping I from the lower triangle. condition [K]: ||A||_F ||A^-1||_F,
+    // A = F scaled to unit diagonal. amplification [K]: ||A||_F ||F^-1 diag(f)^1/2||_F max(f)^1/2, f = diag(matrix).
+    // Both +inf, and NaN in the block, where a pivot is not positive and finite.
+    void (*spd_inverse)(T* matrix, int64_t num_blocks, int64_t block_size, double damping, double* condition,
+                        double* amplification, int threads);
+    // f_inv [K, B, B] <- (damping I + G^T G / m)^-1, I / damping outside of a short block; or, where f_inv is null,
+    // inv_diag [d] (entries inside blocks) <- its diagonal. Estimates and failures as above.
+    void (*inverse_from_grads)(T* f_inv, T* inv_diag, Gradients, Blocks, double num_grads, double damping,
+                               double* condition, double* amplification, int threads);
     // out [d] (entries inside blocks) <- diag F^-1.
     void (*inverse_diagonal)(T* out, const T* f_inv, Blocks, int threads);
     void (*inverse_diagonal_dual)(T* out, Dual, Blocks, int threads);
     // out [d, n] (rows inside blocks) <- F^-1 x.
     void (*block_matvec)(T* out, const T* x, int64_t n, const T* f_inv, Blocks, int threads);
     void (*block_matvec_dual)(T* out, const T* x, int64_t n, Dual, Blocks, int threads);
+    // out [d, n] (rows inside blocks) <- G^T (G x) / m, in float64.
+    void (*fisher_vector_product)(T* out, const T* x, int64_t n, Gradients, Blocks, double num_grads, int threads);
     // out [d] <- w^2 / (2 inv_diag).
     void (*obs_saliency)(T* out, const T* weight, const T* inv_diag, int64_t d, int threads);
+    // mask [d] <- 0 for the dead and the least salient others, num_zeros in all, ties by index. invalid <- -1, or the
+    // first weight whose saliency is not finite; then only the dead ones are removed.
+    void (*prune_mask)(uint8_t* mask, int64_t* invalid, const T* saliency, const uint8_t* dead, int64_t d,
+                       int64_t num_zeros, int threads);
     // Summed removal of the weights with mask 0: w <- w - F^-1 (1_Q w / inv_diag), w_Q = 0, inside the blocks.
     void (*obs_update)(T* weight, const T* f_inv, const T* inv_diag, int64_t d, Blocks, const uint8_t* mask,
                        int threads);

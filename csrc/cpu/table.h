@@ -5,9 +5,10 @@
 #include "dual_factor.h"
 #include "fisher_accumulate.h"
 #include "inverse_diagonal.h"
+#include "inverse_from_grads.h"
 #include "obs.h"
+#include "prune_mask.h"
 #include "sherman_morrison.h"
-#include "spd_inverse.h"
 #include "woodbury.h"
 
 namespace ff {
@@ -15,9 +16,22 @@ namespace FF_NAMESPACE {
 
 template <class T>
 constexpr Kernels<T> kernels() {
-    return {sherman_morrison<T>,      woodbury<T>,     fisher_accumulate<T>, spd_inverse<T>,  inverse_diagonal<T>,
-            inverse_diagonal_dual<T>, block_matvec<T>, block_matvec_dual<T>, obs_saliency<T>, obs_update<T>,
-            obs_update_dual<T>,       obs_solve<T>,    obs_solve_dual<T>};
+    return {sherman_morrison<T>,
+            woodbury<T>,
+            fisher_accumulate<T>,
+            spd_inverse<T>,
+            inverse_from_grads<T>,
+            inverse_diagonal<T>,
+            inverse_diagonal_dual<T>,
+            block_matvec<T>,
+            block_matvec_dual<T>,
+            fisher_vector_product<T>,
+            obs_saliency<T>,
+            prune_mask<T>,
+            obs_update<T>,
+            obs_update_dual<T>,
+            obs_solve<T>,
+            obs_solve_dual<T>};
 }
 
 extern const KernelTable table;

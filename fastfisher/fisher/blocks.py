@@ -114,6 +114,21 @@ class BlockLayout:
         }
 
 
+def padded(x: Tensor, blocks: Tensor, block_size: int, fill: float) -> Tensor:
+    """A vector [d] as one row for each block, [K, B], with `fill` after a short one.   blocks: int64 [K, 2]."""
+    index = blocks[:, :1] + torch.arange(block_size, device=x.device)  # [K, B]
+    inside = index < blocks[:, 1:]
+    return torch.where(inside, x[index.clamp_(max=len(x) - 1)], fill)
+
+
+def covered(blocks: Tensor, num_weights: int) -> Tensor:
+    """Which of the d weights lie in one of the blocks, bool [d].   blocks: int64 [K, 2], increasing and disjoint."""
+    steps = torch.zeros(num_weights + 1, dtype=torch.int64, device=blocks.device)
+    one = torch.ones(len(blocks), dtype=torch.int64, device=blocks.device)
+    steps.index_add_(0, blocks[:, 0], one).index_add_(0, blocks[:, 1], -one)
+    return steps.cumsum(0)[:-1] > 0
+
+
 def _cut(start: int, stop: int, block_size: int) -> Tensor:
     """The blocks [ceil((stop-start)/B), 2] of one tensor."""
     count = math.ceil((stop - start) / block_size)

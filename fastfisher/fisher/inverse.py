@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfisher import ops
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher import parts as _parts
-from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.blocks import BlockLayout, covered
 from fastfisher.fisher.parts import Part
 from fastfisher.ops.memory import empty_state, zero_state
 from fastfisher.ops.threads import torch_on_one_thread
@@ -86,13 +86,13 @@ class FisherInverse:
             raise FastFisherError(f"num_grads must be at least the {flat.shape[0]} rows of grads, got {m}")
         form = choose_form(form, flat.shape[0], layout.block_size)
         if damping_mode == "relative":
-            damping = _absolute(damping, sum_of_squares(flat) / (m * layout.num_weights))
+            damping = _absolute(damping, float(sum_of_squares(flat)) / (m * layout.num_weights))
         dtype = _parts.state_dtype(flat.dtype)
         if form == "dual":
             state = flat if own else empty_state(tuple(flat.shape), flat.dtype, flat.device).copy_(flat)
             parts, condition = _parts.dual_parts(state, layout, num_grads=m, damping=damping)
         elif form == "primal":
-            source = _parts.gram_source(flat, layout, m)
+            source = _parts.grads_source(flat, layout, m, damping)
             parts, condition = _parts.primal_parts(
                 source, layout, num_grads=m, damping=damping, dtype=dtype, device=flat.device
             )
@@ -258,19 +258,21 @@ class FisherInverse:
     def _refined_product(self, part: Part, x: Tensor, out: Tensor) -> None:
         """out = F⁻¹ x of a dual part by two steps of y ← y + F⁻¹ (x − F y) in float64.   x, out: [d, n]."""
         x = x.double()
-        residual, step, y = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
-        ranges = part.blocks.tolist()
+        residual, step, fisher_y = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
+        y = torch.zeros_like(x)
         for last in (False, False, True):
             ops.block_matvec(
                 part.state, part.blocks, residual, out=step, factor=part.factor, damping=self.damping
             )
-            for start, stop in ranges:
-                y[start:stop] += step[start:stop]
-                if last:
-                    out[start:stop] = y[start:stop]
-                else:
-                    fisher_y = fisher_product(part.state, start, stop, y[start:stop], self.num_grads)
-                    residual[start:stop] = x[start:stop] - self.damping * y[start:stop] - fisher_y
+            y += step
+            if not last:
+                ops.fisher_vector_product(part.state, part.blocks, self.num_grads, y, out=fisher_y)
+                residual = x - self.damping * y - fisher_y
+        if len(part.blocks) == self.num_blocks:
+            out.copy_(y)
+        else:
+            weights = covered(part.blocks, self.layout.num_weights)
+            out[weights] = y[weights].to(out.dtype)
 
     def _solve(self, weight: Tensor, part: Part, mask: Tensor) -> None:
         failed = torch.empty(len(part.blocks), dtype=torch.bool, device=weight.device)
@@ -337,7 +339,7 @@ class FisherAccumulator:
         self._states: list[Tensor] = []  # per group of blocks [g, B, B]; the dual form: one [m, d]
         self._blocks: list[Tensor] = []  # per group of blocks, their ranges [g, 2]
         self._probe: _parts.Probe | None = None
-        self._squares = 0.0
+        self._squares: Tensor | float = 0.0  # Σ g², where the gradients are
 
     def add(self, grads: Tensor) -> None:
         """Take k gradients in.   grads: [k, d] of any float dtype, unit inner stride; the same dtype in every
@@ -359,7 +361,7 @@ class FisherAccumulator:
         if not self._states:
             self._allocate(grads)
         if self._damping_mode == "relative":
-            self._squares += sum_of_squares(grads)
+            self._squares = self._squares + sum_of_squares(grads)
         if self.form == "dual":
             self._states[0][self.count : self.count + grads.shape[0]] = grads
         elif self.form == "primal":
@@ -383,7 +385,7 @@ class FisherAccumulator:
         assert self._grads_dtype is not None
         damping = self._damping
         if self._damping_mode == "relative":
-            damping = _absolute(damping, self._squares / (self.num_grads * self.layout.num_weights))
+            damping = _absolute(damping, float(self._squares) / (self.num_grads * self.layout.num_weights))
         dtype = _parts.state_dtype(self._grads_dtype)
         states, self._states, self.count = self._states, [], 0
         if self.form == "dual":
@@ -392,7 +394,7 @@ class FisherAccumulator:
             )
         elif self.form == "primal":
             device = states[0].device
-            source = _parts.stored_source(states, self.layout)
+            source = _parts.stored_source(states, self.layout, damping)
             parts, condition = _parts.primal_parts(
                 source, self.layout, num_grads=self.num_grads, damping=damping, dtype=dtype, device=device
             )
@@ -421,7 +423,7 @@ class FisherAccumulator:
         dtype = _parts.state_dtype(grads.dtype) if running else self._dtype
         size = self.layout.block_size
         blocks = self.layout.blocks.to(grads.device)
-        for first, last in _parts.groups(self.layout, dtype):
+        for first, last in _parts.groups(self.layout, dtype, grads.device):
             state = empty_state((last - first, size, size), dtype, grads.device)
             if running:
                 _parts.start_from_damping(state, self._damping)
@@ -457,24 +459,16 @@ def choose_form(form: str, num_rows: int, block_size: int) -> str:
     return "primal" if num_rows >= block_size else "dual"
 
 
-def fisher_product(grads: Tensor, start: int, stop: int, y: Tensor, num_grads: int) -> Tensor:
-    """Gᵀ(G y)/m of one block in float64.   grads: [k, d].   y: float64 [stop - start, n]; returns the like."""
-    projections = torch.zeros(grads.shape[0], y.shape[1], dtype=torch.float64, device=grads.device)  # [k, n]
-    tiles = [(first, min(first + _TILE, stop)) for first in range(start, stop, _TILE)]
-    for first, last in tiles:
-        projections += grads[:, first:last].double() @ y[first - start : last - start]
-    pieces = [grads[:, first:last].double().T @ projections for first, last in tiles]
-    return torch.cat(pieces) / num_grads
-
-
-def sum_of_squares(grads: Tensor) -> float:
-    """Σ g² in float64, in an order that does not depend on the number of threads.   grads: [k, d]."""
-    total = torch.zeros((), dtype=torch.float64, device=grads.device)
+def sum_of_squares(grads: Tensor) -> Tensor:
+    """Σ g² as a float64 number on the device, in an order that does not depend on threads.   grads: [k, d]."""
+    if grads.device.type != "cpu":
+        return torch.linalg.vector_norm(grads, dtype=torch.float64).square()
+    total = torch.zeros((), dtype=torch.float64)
     for first in range(0, grads.shape[1], _TILE):
         squares = grads[:, first : first + _TILE].double().square()
         # cumsum adds one by one; a plain sum would be cut into as many pieces as there are threads
         total += squares.sum(dim=0).cumsum(dim=0)[-1]
-    return float(total)
+    return total
 
 
 def _absolute(damping: float, mean_diagonal: float) -> float:

@@ -1,7 +1,7 @@
 """Building the states behind an inverse Fisher, and deciding per block whether it can be trusted.
 
 Whatever the form, a block whose estimated error exceeds TOLERANCE is redone as a float64 inverse of its Gram matrix,
-and what float64 cannot hold either is an error that names parameter, block and damping.  `_rounding_error` is the
+and what float64 cannot hold either is an error that names parameter, block and damping.  `rounding_error` is the
 estimate for a stored inverse, `_dual_errors` the one for the dual form.  A running inverse (rank-1, rank-k) may be
 worse than its rounding, so a `Probe` compares F⁻¹ (F p) with p besides.
 """
@@ -9,7 +9,6 @@ worse than its rounding, so a `Probe` compares F⁻¹ (F p) with p besides.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fastfisher import ops
 from fastfisher.errors import FisherError
-from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.blocks import BlockLayout, padded
 from fastfisher.ops.memory import empty_state, zero_state
 from fastfisher.ops.threads import torch_on_one_thread
 
@@ -26,10 +25,13 @@ TOLERANCE = 1e-4  # largest relative error of diag F⁻¹ and of F⁻¹v that a 
 REFINE = 1e-6  # a dual product with a larger estimated error is refined, see Part.refine
 REFINABLE = 1e-2  # two steps of refinement take an error of this size below TOLERANCE
 LARGEST_MENDED_BLOCK = 4096  # a dual block of more weights than this is not worth B² float64 numbers
-GROUP_BYTES = 4 << 20  # states are filled and inverted in groups of this size, so that a group stays in cache
+# States are filled and inverted in groups of this size: on a CPU a group stays in cache, on a GPU it fills the machine
+# and bounds what a group needs beside it.
+GROUP_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 
-Fill = Callable[[Tensor, Tensor], None]
-Source = Iterable[tuple[int, int, Fill]]
+# Writes the inverse of the blocks `ids` into a state [g, B, B] in its dtype; returns condition and amplification [g].
+Build = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Source = Iterable[tuple[int, int, Build]]
 
 
 @dataclass
@@ -58,9 +60,9 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def groups(layout: BlockLayout, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+def groups(layout: BlockLayout, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int]]:
     """The blocks of a layout in ranges whose state takes about GROUP_BYTES."""
-    size = max(1, GROUP_BYTES // (layout.block_size**2 * dtype.itemsize))
+    size = max(1, GROUP_BYTES.get(device.type, GROUP_BYTES["cpu"]) // (layout.block_size**2 * dtype.itemsize))
     for first in range(0, layout.num_blocks, size):
         yield first, min(first + size, layout.num_blocks)
 
@@ -75,31 +77,44 @@ def select(blocks: Tensor, ids: Tensor) -> Tensor:
     return blocks[ids.to(blocks.device)]
 
 
-def gram_fill(grads: Tensor, blocks: Tensor, num_grads: int) -> Fill:
-    """What fills a state with the Fisher of some of the blocks, straight from gradients [k, d]."""
+def grads_build(grads: Tensor, blocks: Tensor, num_grads: int, damping: float) -> Build:
+    """What inverts the Fisher of some of the blocks straight from gradients [k, d]."""
 
-    def fill(state: Tensor, ids: Tensor) -> None:
-        ops.fisher_accumulate_(zero_state(state), grads, select(blocks, ids), num_grads)
+    def build(state: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        condition, amplification = _estimates(state)
+        ops.inverse_from_grads(
+            state, grads, select(blocks, ids), num_grads, condition, amplification, damping=damping
+        )
+        return condition, amplification
 
-    return fill
-
-
-def gram_source(grads: Tensor, layout: BlockLayout, num_grads: int) -> Source:
-    """Groups of blocks whose Fisher comes straight from gradients [k, d]."""
-    fill = gram_fill(grads, layout.blocks.to(grads.device), num_grads)
-    for first, last in groups(layout, state_dtype(grads.dtype)):
-        yield first, last, fill
+    return build
 
 
-def stored_source(stored: list[Tensor], layout: BlockLayout) -> Source:
+def grads_source(grads: Tensor, layout: BlockLayout, num_grads: int, damping: float) -> Source:
+    """Groups of blocks whose inverse comes straight from gradients [k, d]."""
+    build = grads_build(grads, layout.blocks.to(grads.device), num_grads, damping)
+    for first, last in groups(layout, state_dtype(grads.dtype), grads.device):
+        yield first, last, build
+
+
+def stored_source(stored: list[Tensor], layout: BlockLayout, damping: float) -> Source:
     """Groups of blocks whose Fisher was accumulated before; `stored` is emptied on the way to free its memory."""
-    for first, last in list(groups(layout, stored[0].dtype)):
-        fisher = stored.pop(0)
-        yield first, last, functools.partial(_copy, fisher, first)
+    for first, last in list(groups(layout, stored[0].dtype, stored[0].device)):
+        yield first, last, functools.partial(_stored_build, stored.pop(0), first, damping)
 
 
-def _copy(fisher: Tensor, first: int, state: Tensor, ids: Tensor) -> None:
-    state.copy_(fisher if len(ids) == len(fisher) else fisher[ids - first])
+def _stored_build(
+    fisher: Tensor, first: int, damping: float, state: Tensor, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    condition, amplification = _estimates(state)
+    state.copy_(fisher if len(ids) == len(fisher) else fisher[(ids - first).to(fisher.device)])
+    ops.spd_inverse_(state, condition, amplification, damping=damping)
+    return condition, amplification
+
+
+def _estimates(state: Tensor) -> Tensor:
+    """Room for the condition and the amplification of every block, [2, g]."""
+    return torch.empty(2, len(state), dtype=torch.float64, device=state.device)
 
 
 @torch_on_one_thread()
@@ -120,13 +135,12 @@ def primal_parts(
     shelf = _Shelf(layout, dtype, device)
     mender = _Mender(layout, num_grads, damping, device)
     condition = torch.empty(layout.num_blocks, dtype=torch.float64)
-    for first, last, fill in source:
+    for first, last, build in source:
         ids = block_ids(first, last)
-        state = shelf.room(len(ids))
-        good, condition[first:last] = _invert(state, fill, ids, damping)
+        good, condition[first:last] = _invert(shelf.room(len(ids)), build, ids)
         shelf.keep(ids, good)
         if not good.all():
-            mender.mend(fill, ids[~good], condition, hopeless=dtype == torch.float64)
+            mender.mend(build, ids[~good], condition, hopeless=dtype == torch.float64)
     return [*shelf.parts(), *mender.parts()], condition
 
 
@@ -145,7 +159,7 @@ def running_parts(
     probe = Probe(layout, grads.device)
     probe.add(grads, num_grads)
     blocks = layout.blocks.to(grads.device)
-    for first, last, fill in gram_source(grads, layout, num_grads):
+    for first, last, build in grads_source(grads, layout, num_grads, damping):
         ids = block_ids(first, last)
         state = shelf.room(len(ids))
         start_from_damping(state, damping)
@@ -153,7 +167,7 @@ def running_parts(
         good = probe.passes(state, blocks[first:last], damping)
         shelf.keep(ids, good)
         if not good.all():
-            mender.mend(fill, ids[~good], condition)
+            mender.mend(build, ids[~good], condition)
     return [*shelf.parts(), *mender.parts()], condition
 
 
@@ -172,17 +186,19 @@ def dual_parts(
     factor = empty_state((layout.num_blocks, k, k), torch.float64, grads.device)
     scaled = torch.empty(layout.num_blocks, dtype=torch.float64, device=grads.device)
     ops.dual_factor_(factor, grads, blocks, num_grads, damping, scaled)
+    diagonal_error, product_error = _dual_errors(
+        grads, factor, blocks, layout.block_size, scaled, num_grads, damping
+    )
     condition = scaled.cpu()
-    diagonal_error, product_error = _dual_errors(grads, factor, blocks, scaled, num_grads, damping)
     good = ((diagonal_error <= TOLERANCE) & (product_error <= REFINABLE)).cpu()
     refine = bool((product_error > REFINE).any())
     ids = block_ids(0, layout.num_blocks)
     if good.all():
         return [Part(grads, factor, blocks, ids, refine)], condition
     mender = _Mender(layout, num_grads, damping, grads.device)
-    fill = gram_fill(grads, blocks, num_grads)
+    build = grads_build(grads, blocks, num_grads, damping)
     for b in ids[~good]:
-        mender.mend(fill, b[None], condition, hopeless=layout.block_size > LARGEST_MENDED_BLOCK)
+        mender.mend(build, b[None], condition, hopeless=layout.block_size > LARGEST_MENDED_BLOCK)
     kept = ids[good]
     dual = (
         [Part(grads, factor[good.to(factor.device)], select(blocks, kept), kept, refine)] if len(kept) else []
@@ -190,46 +206,46 @@ def dual_parts(
     return [*dual, *mender.parts()], condition
 
 
-def _invert(state: Tensor, fill: Fill, ids: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Fill a state with F and invert it; returns which blocks can be trusted and their condition, both [g]."""
-    condition = torch.empty(len(ids), dtype=torch.float64, device=state.device)  # ‖A‖_F ‖A⁻¹‖_F
-    fill(state, ids)
-    diagonal = state.diagonal(dim1=1, dim2=2)
-    gram = diagonal.to(torch.float64, copy=True)  # diag F without the damping, [g, B]
-    diagonal.add_(damping)
-    ops.spd_inverse_(state, condition)
-    # F⁻¹ = D^-½ A⁻¹ D^-½, so this bounds the estimate, and it settles most blocks without another look at the state
-    smallest = gram.masked_fill(gram == 0, torch.inf).amin(dim=1) + damping
-    error = torch.finfo(state.dtype).eps / 2 * condition * (gram.amax(dim=1) / smallest).sqrt()
-    doubtful = (error > TOLERANCE) & condition.isfinite()
-    if doubtful.any():
-        scale = (gram[doubtful] + damping).sqrt()  # D^½
-        inverse_norm = _norm(state[doubtful].double() * scale[:, :, None] * scale[:, None, :])  # ‖A⁻¹‖_F
-        coherence = condition[doubtful] / inverse_norm
-        error[doubtful] = coherence * _rounding_error(state[doubtful], gram[doubtful])
-    return (error <= TOLERANCE).cpu(), condition.cpu()
+def _invert(state: Tensor, build: Build, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Build the inverse of blocks; returns which of them can be trusted and their condition, both [g] on the CPU.
+
+    The amplification of spd_inverse_ estimates the relative error of F⁻¹v for the worst v when the roundings of F are
+    independent of each other.  Rounding changes F by E with |E_jk| about u sqrt(f_j f_k), f = diag(F) without the
+    damping: a weight whose gradient is zero is decoupled exactly.  With v = F y the error is F⁻¹ E y, of about
+    u ‖F⁻¹ diag(f)^½‖_F sqrt(max f).  Where the gradients are alike the roundings are too; times the coherence ‖A‖_F
+    (sqrt(B) if independent, B if alike) this was never below 1.7 times the error.
+    """
+    condition, amplification = build(state, ids)
+    return (unit_roundoff(state) * amplification <= TOLERANCE).cpu(), condition.cpu()
 
 
-def _rounding_error(f_inv: Tensor, gram: Tensor) -> Tensor:
-    """Estimate the relative error of F⁻¹v for the worst v when the roundings of F are independent of each other.
+def unit_roundoff(state: Tensor) -> float:
+    """u, half the distance from 1 to the next number."""
+    return torch.finfo(state.dtype).eps / 2
 
-    Rounding changes F by E with |E_jk| about u sqrt(f_j f_k), f = diag(F) without the damping: a weight whose gradient
-    is zero is decoupled exactly.  With v = F y the error is F⁻¹ E y, of about u ‖F⁻¹ diag(f)^½‖_F sqrt(max f).  Where
-    the gradients are alike the roundings are too; times the coherence ‖A‖_F (sqrt(B) if independent, B if alike) this
-    was never below 1.7 times the error.
-    f_inv: [g, B, B].   gram: f, float64 [g, B].   Returns float64 [g].
+
+def rounding_error(f_inv: Tensor, gram: Tensor) -> Tensor:
+    """u ‖F⁻¹ diag(f)^½‖_F sqrt(max f), the estimate that `_invert` explains, without the coherence.
+
+    f_inv: [K, B, B].   gram: f, float64 [K, B].   Returns float64 [K].
     """
     columns = f_inv.double() * gram.sqrt()[:, None, :]
-    return torch.finfo(f_inv.dtype).eps / 2 * _norm(columns) * gram.amax(dim=1).sqrt()
+    return unit_roundoff(f_inv) * _norm(columns) * gram.amax(dim=1).sqrt()
 
 
 def _norm(x: Tensor) -> Tensor:
     """‖x‖_F of every matrix, [g], row by row: one sum over a matrix would be cut into as many pieces as threads."""
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=2), dim=1)
+    return _length(torch.linalg.vector_norm(x, dim=2))
 
 
 def _dual_errors(
-    grads: Tensor, factor: Tensor, blocks: Tensor, scaled: Tensor, num_grads: int, damping: float
+    grads: Tensor,
+    factor: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    scaled: Tensor,
+    num_grads: int,
+    damping: float,
 ) -> tuple[Tensor, Tensor]:
     """Estimate the relative errors of diag F⁻¹ and of F⁻¹v in the dual form, both [K].
 
@@ -245,7 +261,7 @@ def _dual_errors(
         inv_diag = torch.empty(grads.shape[1], dtype=torch.float64, device=grads.device)
         ranges = blocks[doubtful]
         ops.inverse_diagonal(grads, ranges, out=inv_diag, factor=factor[doubtful], damping=damping)
-        smallest = torch.stack([inv_diag[start:stop].min() for start, stop in ranges.tolist()]) * damping
+        smallest = padded(inv_diag, ranges, block_size, torch.inf).amin(dim=1) * damping
         diagonal_error[doubtful] = torch.where(smallest > 0, error[doubtful] / smallest, torch.inf)
     return diagonal_error, error * strength.sqrt()
 
@@ -282,34 +298,42 @@ class Probe:
         self.p = p.to(device)  # [d]
         self.fisher_p = torch.zeros_like(self.p)  # (1/m) Σ g gᵀp without the damping, [d]
         self.gram = torch.zeros_like(self.p)  # (1/m) Σ g², [d]
-        self.ranges = layout.blocks.tolist()
+        self.blocks = layout.blocks.to(device)
 
+    @torch_on_one_thread()
     def add(self, grads: Tensor, num_grads: int) -> None:
         """Take k gradients in."""
-        for start, stop in self.ranges:
-            G = grads[:, start:stop].double()  # [k, n]
-            self.fisher_p[start:stop] += G.T @ (G @ self.p[start:stop]) / num_grads
-            self.gram[start:stop] += G.square().sum(dim=0) / num_grads
+        product = torch.empty_like(self.p)
+        ops.fisher_vector_product(grads, self.blocks, num_grads, self.p[:, None], out=product[:, None])
+        self.fisher_p += product
+        self.gram += torch.linalg.vector_norm(grads, dim=0, dtype=torch.float64).square() / num_grads
 
+    @torch_on_one_thread()
     def passes(self, state: Tensor, blocks: Tensor, damping: float) -> Tensor:
         """Which blocks [K] of a primal state are positive, at most I/λ, take F p back to p, and survive rounding."""
-        first, last = int(blocks[0, 0]), int(blocks[-1, 1])
+        first, last = blocks[[0, -1], [0, 1]].tolist()
         blocks = blocks - first  # a group of blocks is one range of weights; only that range is looked at
         p, gram = self.p[first:last], self.gram[first:last]
         v = self.fisher_p[first:last] + damping * p
         back, inv_diag = torch.full_like(v, torch.nan), torch.full_like(v, torch.nan)
         ops.block_matvec(state, blocks, v[:, None], out=back[:, None])
         ops.inverse_diagonal(state, blocks, out=inv_diag)
-        good = torch.empty(len(blocks), dtype=torch.bool)
-        for b, (start, stop) in enumerate(blocks.tolist()):
-            n = stop - start
-            residual = (back[start:stop] - p[start:stop]).norm() / p[start:stop].norm()
-            rounding = math.sqrt(n) * _rounding_error(state[b : b + 1, :n, :n], gram[None, start:stop])[0]
-            scaled = inv_diag[start:stop] * damping
-            # the factor 3 is measured: the probe sees one vector, and sqrt(n) lies below some coherences
-            accurate = bool(3 * (residual + rounding) <= TOLERANCE)
-            good[b] = accurate and bool(scaled.min() > 0) and bool(scaled.max() <= 1 + TOLERANCE)
-        return good
+
+        def rows(x: Tensor, fill: float) -> Tensor:
+            return padded(x, blocks, state.shape[1], fill)  # [K, B]
+
+        residual = _length(rows(back - p, 0)) / _length(rows(p, 0))
+        lengths = (blocks[:, 1] - blocks[:, 0]).double()
+        rounding = lengths.sqrt() * rounding_error(state, rows(gram, 0))
+        scaled = inv_diag * damping
+        positive = (rows(scaled, 1) > 0).all(dim=1) & (rows(scaled, 1) <= 1 + TOLERANCE).all(dim=1)
+        # the factor 3 is measured: the probe sees one vector, and sqrt(n) lies below some coherences
+        return (positive & (3 * (residual + rounding) <= TOLERANCE)).cpu()
+
+
+def _length(x: Tensor) -> Tensor:
+    """The Euclidean length of every row, [K]."""
+    return torch.linalg.vector_norm(x, dim=1)
 
 
 class _Shelf:
@@ -355,13 +379,13 @@ class _Mender:
         self.states: list[Tensor] = []
         self.ids: list[Tensor] = []
 
-    def mend(self, fill: Fill, ids: Tensor, condition: Tensor, *, hopeless: bool = False) -> None:
+    def mend(self, build: Build, ids: Tensor, condition: Tensor, *, hopeless: bool = False) -> None:
         """Invert the blocks `ids` and write their condition.   Raises FisherError where that fails, or is hopeless."""
         if hopeless:
             raise broken(self.layout, int(ids[0]), self.damping, self.num_grads)
         size = self.layout.block_size
         state = torch.empty(len(ids), size, size, dtype=torch.float64, device=self.device)
-        good, condition[ids] = _invert(state, fill, ids, self.damping)
+        good, condition[ids] = _invert(state, build, ids)
         if not good.all():
             raise broken(self.layout, int(ids[~good][0]), self.damping, self.num_grads)
         self.states.append(state)

@@ -131,9 +131,75 @@ def _fisher_accumulate(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads:
 
 
 @implement("spd_inverse_", "native", why_not)
-def _spd_inverse(matrix: Tensor, condition: Tensor) -> None:
+def _spd_inverse(matrix: Tensor, damping: float, condition: Tensor, amplification: Tensor) -> None:
     _kernel("spd_inverse")(
-        _is_double(matrix), matrix.data_ptr(), matrix.shape[0], matrix.shape[-1], condition.data_ptr()
+        _is_double(matrix),
+        matrix.data_ptr(),
+        matrix.shape[0],
+        matrix.shape[-1],
+        damping,
+        condition.data_ptr(),
+        amplification.data_ptr(),
+    )
+
+
+@implement("inverse_from_grads", "native", why_not)
+def _inverse_from_grads(
+    f_inv: Tensor,
+    grads: Tensor,
+    blocks: Tensor,
+    num_grads: int,
+    damping: float,
+    condition: Tensor,
+    amplification: Tensor,
+) -> None:
+    _kernel("inverse_from_grads")(
+        _is_double(f_inv),
+        f_inv.data_ptr(),
+        0,
+        _grads(grads),
+        _blocks(blocks, f_inv.shape[-1]),
+        num_grads,
+        damping,
+        condition.data_ptr(),
+        amplification.data_ptr(),
+    )
+
+
+@implement("inverse_diagonal_from_grads", "native", why_not)
+def _inverse_diagonal_from_grads(
+    inv_diag: Tensor,
+    grads: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    num_grads: int,
+    damping: float,
+    condition: Tensor,
+    amplification: Tensor,
+) -> None:
+    _kernel("inverse_from_grads")(
+        _is_double(inv_diag),
+        0,
+        inv_diag.data_ptr(),
+        _grads(grads),
+        _blocks(blocks, block_size),
+        num_grads,
+        damping,
+        condition.data_ptr(),
+        amplification.data_ptr(),
+    )
+
+
+@implement("fisher_vector_product", "native", why_not)
+def _fisher_vector_product(grads: Tensor, blocks: Tensor, num_grads: int, x: Tensor, out: Tensor) -> None:
+    _kernel("fisher_vector_product")(
+        _is_double(out),
+        out.data_ptr(),
+        x.data_ptr(),
+        x.shape[1],
+        _grads(grads),
+        _blocks(blocks, _longest(blocks)),
+        num_grads,
     )
 
 
@@ -200,6 +266,19 @@ def _obs_saliency(weight: Tensor, inv_diag: Tensor, out: Tensor) -> None:
     )
     if result is not out:
         out.copy_(result)
+
+
+@implement("prune_mask", "native", why_not)
+def _prune_mask(saliency: Tensor, dead: Tensor, num_zeros: int, mask: Tensor, invalid: Tensor) -> None:
+    _kernel("prune_mask")(
+        _is_double(saliency),
+        mask.data_ptr(),
+        invalid.data_ptr(),
+        saliency.data_ptr(),
+        dead.data_ptr(),
+        saliency.numel(),
+        num_zeros,
+    )
 
 
 @implement("obs_update_", "native", why_not)

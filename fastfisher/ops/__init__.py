@@ -1,5 +1,4 @@
-"""The ten operations on Fisher blocks: a reference in plain PyTorch each, and kernels that must agree with
-it.
+"""The operations on Fisher blocks: a reference in plain PyTorch each, and kernels that must agree with it.
 
 Everything is flat: weights [d], gradients [k, d], and blocks, which are ranges of the d weights.  Every op
 writes into the tensors it is given and returns nothing.
@@ -12,10 +11,13 @@ from fastfisher.ops._registry import BACKENDS, OPS, explain, implement, use_back
 from fastfisher.ops.block_matvec import block_matvec
 from fastfisher.ops.dual_factor import dual_factor_
 from fastfisher.ops.fisher_accumulate import fisher_accumulate_
+from fastfisher.ops.fisher_vector_product import fisher_vector_product
 from fastfisher.ops.inverse_diagonal import inverse_diagonal
+from fastfisher.ops.inverse_from_grads import inverse_diagonal_from_grads, inverse_from_grads
 from fastfisher.ops.obs_saliency import obs_saliency
 from fastfisher.ops.obs_solve import obs_solve_
 from fastfisher.ops.obs_update import obs_update_
+from fastfisher.ops.prune_mask import prune_mask
 from fastfisher.ops.sherman_morrison import sherman_morrison_
 from fastfisher.ops.spd_inverse import spd_inverse_
 from fastfisher.ops.woodbury import woodbury_
@@ -28,10 +30,14 @@ __all__ = [
     "woodbury_",
     "fisher_accumulate_",
     "spd_inverse_",
+    "inverse_from_grads",
+    "inverse_diagonal_from_grads",
+    "fisher_vector_product",
     "dual_factor_",
     "inverse_diagonal",
     "block_matvec",
     "obs_saliency",
+    "prune_mask",
     "obs_update_",
     "obs_solve_",
     "explain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -49,6 +50,26 @@ def capacitance(grads: Tensor, start: int, stop: int, shift: float, keep: Tensor
             G = G * keep[tile]
         C += G @ G.T
     return C
+
+
+def inverse_with_estimates(M: Tensor, damping: float) -> tuple[Tensor, float, float]:
+    """F⁻¹ of F = M + λ I, symmetric, with the condition and the amplification of rounding errors (see spd_inverse_).
+
+    M: [n, n], of which the lower triangle is read.   Returns NaN, +inf, +inf where a pivot is not positive and finite.
+    """
+    lower = M.tril()  # the upper triangle may hold anything
+    f = lower.diagonal().to(torch.float64, copy=True)  # diagonal without the damping, [n]
+    lower.diagonal().add_(damping)
+    L, info = torch.linalg.cholesky_ex(lower)
+    if info.item() != 0 or not L.diagonal().isfinite().all():
+        return torch.full_like(M, torch.nan), math.inf, math.inf
+    inverse = torch.cholesky_inverse(L)
+    inverse = (inverse + inverse.T) / 2
+    scale = lower.diagonal().double().sqrt()  # D^½, [n]
+    norm = ((lower + lower.tril(-1).T).double() / scale[:, None] / scale).norm()  # ‖A‖_F
+    condition = norm * (scale[:, None] * inverse.double() * scale).norm()
+    amplification = norm * (inverse.double() * f.sqrt()).norm() * f.max().sqrt()
+    return inverse, float(condition), float(amplification)
 
 
 def fisher_inverse_times(

@@ -73,9 +73,14 @@ def state(name: str, tensor: Tensor) -> tuple[int, int]:
     return tensor.shape[0], tensor.shape[1]
 
 
-def grads(name: str, tensor: Tensor) -> tuple[int, int]:
-    """Check gradients [k, d] of any float dtype, inner stride 1, any row stride; return (k, d)."""
+def grads(name: str, tensor: Tensor, num_weights: int | None = None) -> tuple[int, int]:
+    """Check gradients [k, d] of any float dtype, inner stride 1, any row stride; return (k, d).
+
+    num_weights: the d that another argument has, None where any will do.
+    """
     dims(name, tensor, "[k, d]", 2)
+    if num_weights is not None and tensor.shape[1] != num_weights:
+        raise FastFisherError(f"{name} must be [k, {num_weights}], got {shape_text(tensor)}")
     dtype(name, tensor, GRAD_DTYPES)
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise FastFisherError(
@@ -141,10 +146,34 @@ def num_grads(value: int, num_rows: int) -> None:
         raise FastFisherError(f"num_grads must be at least the {num_rows} rows of grads, got {value}")
 
 
-def damping(value: float) -> None:
-    """Raise unless damping is positive and finite."""
-    if not (value > 0 and math.isfinite(value)):
-        raise FastFisherError(f"damping must be positive and finite, got {value}")
+def block_size(value: int) -> None:
+    """Raise unless a block may hold at least one weight."""
+    if value < 1:
+        raise FastFisherError(f"block_size must be at least 1, got {value}")
+
+
+def damping(value: float, *, zero: bool = False) -> None:
+    """Raise unless damping is positive and finite, or zero where `zero` allows it."""
+    if not ((value > 0 or (zero and value == 0)) and math.isfinite(value)):
+        allowed = "at least 0" if zero else "positive"
+        raise FastFisherError(f"damping must be {allowed} and finite, got {value}")
+
+
+def estimate(name: str, tensor: Tensor, num_blocks: int) -> None:
+    """Check a float64 number per block [K], contiguous."""
+    exact_shape(name, tensor, (num_blocks,))
+    dtype(name, tensor, (torch.float64,))
+    contiguous(name, tensor)
+
+
+def columns(x: Tensor, out: Tensor) -> None:
+    """Check x and out, contiguous [d, n] of the same shape and dtype, float32 or float64."""
+    dims("x", x, "[d, n]", 2)
+    dtype("x", x, STATE_DTYPES)
+    contiguous("x", x)
+    exact_shape("out", out, tuple(x.shape))
+    dtype("out", out, (x.dtype,))
+    contiguous("out", out)
 
 
 def inverse(

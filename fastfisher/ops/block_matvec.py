@@ -13,12 +13,7 @@ def _check(
     state: Tensor, factor: Tensor | None, blocks: Tensor, damping: float, x: Tensor, out: Tensor
 ) -> None:
     _checks.same_device("state", state, factor=factor, blocks=blocks, x=x, out=out)
-    _checks.dims("x", x, "[d, n]", 2)
-    _checks.dtype("x", x, _checks.STATE_DTYPES)
-    _checks.contiguous("x", x)
-    _checks.exact_shape("out", out, tuple(x.shape))
-    _checks.dtype("out", out, (x.dtype,))
-    _checks.contiguous("out", out)
+    _checks.columns(x, out)
     _checks.inverse(state, factor, blocks, damping, x.shape[0])
 
 

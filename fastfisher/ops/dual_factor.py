@@ -19,9 +19,7 @@ def _check(
     _checks.exact_shape("factor", factor, (num_blocks, num_rows, num_rows))
     _checks.dtype("factor", factor, (torch.float64,))
     _checks.contiguous("factor", factor)
-    _checks.exact_shape("condition", condition, (num_blocks,))
-    _checks.dtype("condition", condition, (torch.float64,))
-    _checks.contiguous("condition", condition)
+    _checks.estimate("condition", condition, num_blocks)
     _checks.num_grads(num_grads, num_rows)
     _checks.damping(damping)
 

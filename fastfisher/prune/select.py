@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastfisher import ops
 from fastfisher.errors import FisherError
 
 
@@ -35,22 +36,14 @@ def layer_zeros(sparsity: float, sizes: Sequence[int]) -> list[int]:
 def keep_mask(saliency: Tensor, dead: Tensor, zeros: int) -> Tensor:
     """The mask that removes the `zeros` least salient weights; all dead ones, where these are more.
 
-    saliency [d] float, finite.   dead [d] bool: weights that are zero already.   Returns bool [d].   The threshold is
-    found by selection in O(d), without sorting.
+    saliency [d] float, finite.   dead [d] bool: weights that are zero already.   Returns bool [d].
+    Raises FisherError on a saliency that is not finite.
     """
-    mask = ~dead
-    more = zeros - int(dead.sum())
-    if more <= 0:
-        return mask
-    alive = saliency[mask]
-    if not bool(torch.isfinite(alive).all()):
-        bad = int((~torch.isfinite(saliency) & mask).nonzero()[0])
+    mask, invalid = torch.empty_like(dead), torch.empty(1, dtype=torch.int64, device=dead.device)
+    ops.prune_mask(saliency, dead, zeros, mask=mask, invalid=invalid)
+    bad = int(invalid)
+    if bad >= 0:
         raise FisherError(f"the saliency of weight {bad} is {float(saliency[bad])}")
-    threshold = torch.kthvalue(alive, more).values
-    below = (saliency < threshold) & mask
-    ties = ((saliency == threshold) & mask).nonzero().squeeze(1)[: more - int(below.sum())]
-    mask &= ~below
-    mask[ties] = False
     return mask
 
 

@@ -1,6 +1,7 @@
 // One random problem, every kernel, and the same result by plain loops in double: what the tests and the fuzz target
 // share. Memory is allocated to the byte, so that the address sanitizer sees every access outside of it.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -210,8 +211,11 @@ class Checker {
         rank_updates();
         accumulate();
         invert();
+        build();
         diagonal_and_saliency();
+        select();
         matvec();
+        fisher_product();
         update();
         solve();
         dual();
@@ -290,40 +294,81 @@ class Checker {
             }
     }
 
-    // Blocks as the package hands them over: 1 on the diagonal of the padding, NaN above the diagonal everywhere.
-    std::vector<T> padded_fisher() const {
+    // Blocks as the package hands them over: without damping, 0 in the padding, NaN above the diagonal everywhere.
+    std::vector<T> padded_gram() const {
         std::vector<T> matrix(state_.size(), NOT_A_NUMBER);
         for (int64_t b = 0; b < p_.num_blocks(); ++b)
             for (int64_t i = 0; i < p_.block_size; ++i)
                 for (int64_t j = 0; j <= i; ++j)
                     matrix[b * area() + i * p_.block_size + j] =
-                        i < length(b) ? static_cast<T>(fisher_[b][i * length(b) + j]) : static_cast<T>(i == j);
+                        i < length(b) ? static_cast<T>(fisher_[b][i * length(b) + j] - (i == j ? DAMPING : 0)) : T(0);
         return matrix;
+    }
+
+    // `padding` more weights without gradient count with 1 in both norms.
+    void expect_estimates(double condition, double amplification, int64_t b, int64_t padding, const char* what) const {
+        const int64_t n = length(b);
+        const double extra = static_cast<double>(padding);
+        const double norm = std::sqrt(std::pow(scaled_norm(fisher_[b], n), 2) + extra);
+        const double inverse_norm = std::sqrt(std::pow(scaled_inverse_norm(fisher_[b], inverse_[b], n), 2) + extra);
+        double columns = 0, largest = 0;
+        for (int64_t j = 0; j < n; ++j) {
+            const double f = fisher_[b][j * (n + 1)] - DAMPING;
+            largest = std::max(largest, f);
+            for (int64_t i = 0; i < n; ++i) columns += inverse_[b][i * n + j] * inverse_[b][i * n + j] * f;
+        }
+        const double want[2] = {norm * inverse_norm, norm * std::sqrt(columns * largest)};
+        expect_near(&condition, &want[0], 1, 1e-2, what, p_);
+        expect_near(&amplification, &want[1], 1, 1e-2, what, p_);
     }
 
     void invert() const {
         const int64_t K = p_.num_blocks(), B = p_.block_size;
-        std::vector<double> condition(K);
-        const auto got = twice(padded_fisher(), "spd_inverse", [&](T* matrix, int threads) {
-            run_.spd_inverse(matrix, K, B, condition.data(), threads);
+        std::vector<double> condition(K), amplification(K);
+        const auto got = twice(padded_gram(), "spd_inverse", [&](T* matrix, int threads) {
+            run_.spd_inverse(matrix, K, B, DAMPING, condition.data(), amplification.data(), threads);
         });
         for (int64_t b = 0; b < K; ++b) {
             for (int64_t i = 0; i < length(b); ++i)
                 expect_near(&got[b * area() + i * B], &inverse_[b][i * length(b)], length(b), TOLERANCE, "spd_inverse",
                             p_);
-            const double norm = scaled_norm(fisher_[b], length(b));
-            const double inverse_norm = scaled_inverse_norm(fisher_[b], inverse_[b], length(b));
-            const double padding = static_cast<double>(B - length(b));  // of the unit diagonal, in both
-            const double want = std::sqrt((norm * norm + padding) * (inverse_norm * inverse_norm + padding));
-            expect_near(&condition[b], &want, 1, 1e-2, "condition of spd_inverse", p_);
+            expect_estimates(condition[b], amplification[b], b, B - length(b), "estimates of spd_inverse");
         }
-        std::vector<T> broken = padded_fisher();
+        std::vector<T> broken = padded_gram();
         for (int64_t b = 0; b < K; ++b) broken[b * area() + (length(b) - 1) * (B + 1)] = b % 2 ? T(-1) : NOT_A_NUMBER;
-        run_.spd_inverse(broken.data(), K, B, condition.data(), threads_);
+        run_.spd_inverse(broken.data(), K, B, DAMPING, condition.data(), amplification.data(), threads_);
         for (int64_t b = 0; b < K; ++b)
-            if (!std::isinf(condition[b]) || !std::isnan(broken[b * area()]) ||
+            if (!std::isinf(condition[b]) || !std::isinf(amplification[b]) || !std::isnan(broken[b * area()]) ||
                 !std::isnan(broken[(b + 1) * area() - 1]))
                 fail("spd_inverse did not report a broken block", p_);
+    }
+
+    void build() const {
+        const int64_t K = p_.num_blocks(), B = p_.block_size;
+        std::vector<double> condition(K), amplification(K);
+        const auto got =
+            twice(std::vector<T>(state_.size(), NOT_A_NUMBER), "inverse_from_grads", [&](T* out, int threads) {
+                run_.inverse_from_grads(out, nullptr, grads_.view(p_), p_.blocks(), m(), DAMPING, condition.data(),
+                                        amplification.data(), threads);
+            });
+        for (int64_t b = 0; b < K; ++b) {
+            expect_estimates(condition[b], amplification[b], b, 0, "estimates of inverse_from_grads");
+            for (int64_t i = 0; i < B; ++i)
+                for (int64_t j = 0; j < B; ++j) {
+                    const bool inside = i < length(b) && j < length(b);
+                    const double want = inside ? inverse_[b][i * length(b) + j] : i == j ? 1 / DAMPING : 0;
+                    const double error = std::fabs(static_cast<double>(got[b * area() + i * B + j]) - want);
+                    if (!(error <= TOLERANCE / DAMPING)) fail("inverse_from_grads", p_);
+                }
+        }
+        const auto diagonal = twice(weight_, "inverse_diagonal_from_grads", [&](T* out, int threads) {
+            run_.inverse_from_grads(nullptr, out, grads_.view(p_), p_.blocks(), m(), DAMPING, condition.data(),
+                                    amplification.data(), threads);
+        });
+        std::vector<T> want(weight_);
+        for (int64_t b = 0; b < K; ++b)
+            for (int64_t i = 0; i < length(b); ++i) want[p_.range[2 * b] + i] = got[b * area() + i * (B + 1)];
+        if (!same_bits(diagonal, want)) fail("the diagonal is not that of the inverse", p_);
     }
 
     void expect_weights(const std::vector<T>& got, const Matrix& want, int64_t columns, const char* what) const {
@@ -351,6 +396,32 @@ class Checker {
         expect_near(saliency.data(), want.data(), p_.num_weights, TOLERANCE, "obs_saliency", p_);
     }
 
+    void select() const {
+        std::vector<T> saliency(p_.num_weights);
+        std::vector<uint8_t> dead(p_.num_weights);
+        std::vector<std::pair<double, int64_t>> order;
+        for (int64_t q = 0; q < p_.num_weights; ++q) {
+            saliency[q] = static_cast<T>(std::round(static_cast<double>(weight_[q]) * 8));  // many ties, both signs
+            dead[q] = q % 5 == 3;
+            order.emplace_back(dead[q] ? -1e9 : static_cast<double>(saliency[q]), q);
+        }
+        std::sort(order.begin(), order.end());
+        const int64_t zeros = p_.num_weights / 2;
+        std::vector<uint8_t> want(p_.num_weights, 1);
+        for (int64_t q = 0; q < p_.num_weights; ++q) want[q] = !dead[q];
+        for (int64_t i = 0; i < zeros; ++i) want[order[i].second] = 0;
+        int64_t invalid = 0;
+        const auto got = twice(std::vector<uint8_t>(p_.num_weights, 2), "prune_mask", [&](uint8_t* mask, int threads) {
+            run_.prune_mask(mask, &invalid, saliency.data(), dead.data(), p_.num_weights, zeros, threads);
+        });
+        if (!same_bits(got, want) || invalid != -1) fail("prune_mask", p_);
+        saliency[p_.num_weights - 1] = NOT_A_NUMBER;
+        dead[p_.num_weights - 1] = 0;
+        std::vector<uint8_t> mask(p_.num_weights);
+        run_.prune_mask(mask.data(), &invalid, saliency.data(), dead.data(), p_.num_weights, zeros, threads_);
+        if (invalid != p_.num_weights - 1) fail("prune_mask did not see a saliency that is not a number", p_);
+    }
+
     std::vector<T> right_hand_side() const {
         std::vector<T> x;
         for (int64_t c = 0; c < p_.columns; ++c) x.insert(x.end(), weight_.begin(), weight_.end());
@@ -375,6 +446,22 @@ class Checker {
             run_.block_matvec(out, x.data(), p_.columns, state_.data(), p_.blocks(), threads);
         });
         expect_weights(got, applied(x), p_.columns, "block_matvec");
+    }
+
+    void fisher_product() const {
+        const std::vector<T> x = right_hand_side();
+        const auto got = twice(std::vector<T>(x.size(), T(0)), "fisher_vector_product", [&](T* out, int threads) {
+            run_.fisher_vector_product(out, x.data(), p_.columns, grads_.view(p_), p_.blocks(), m(), threads);
+        });
+        Matrix want(x.size(), 0.0);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b)
+            for (int64_t i = 0; i < length(b); ++i)
+                for (int64_t j = 0; j < length(b); ++j)
+                    for (int64_t c = 0; c < p_.columns; ++c)
+                        want[(p_.range[2 * b] + i) * p_.columns + c] +=
+                            (fisher_[b][i * length(b) + j] - (i == j ? DAMPING : 0)) *
+                            static_cast<double>(x[(p_.range[2 * b] + j) * p_.columns + c]);
+        expect_weights(got, want, p_.columns, "fisher_vector_product");
     }
 
     // w - F^-1 (1_Q w / inv_diag), and w_Q = 0; weights in the gaps between blocks stay.

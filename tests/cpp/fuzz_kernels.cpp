@@ -67,7 +67,8 @@ void wild(const ff::Kernels<T>& run, ff::DualFactor dual_factor, const check::Pr
     std::vector<uint8_t> mask, failed(K);
     for (uint8_t b : mask_bytes) mask.push_back(b & 1);
     const double m = in.values<double>(1)[0], damping = in.values<double>(1)[0];
-    std::vector<double> condition(K);
+    std::vector<double> condition(K), amplification(K);
+    int64_t invalid = 0;
     const auto each = [&](const std::vector<T>& start, auto kernel) {
         return same_for_any_threads(start, threads, p, kernel);
     };
@@ -75,9 +76,19 @@ void wild(const ff::Kernels<T>& run, ff::DualFactor dual_factor, const check::Pr
     each(state, [&](T* f, int t) { run.sherman_morrison(f, grads, p.blocks(), m, t); });
     each(state, [&](T* f, int t) { run.woodbury(f, grads, p.blocks(), m, t); });
     each(state, [&](T* f, int t) { run.fisher_accumulate(f, grads, p.blocks(), m, t); });
-    each(state, [&](T* f, int t) { run.spd_inverse(f, K, B, condition.data(), t); });
+    each(state, [&](T* f, int t) { run.spd_inverse(f, K, B, damping, condition.data(), amplification.data(), t); });
+    each(state, [&](T* f, int t) {
+        run.inverse_from_grads(f, nullptr, grads, p.blocks(), m, damping, condition.data(), amplification.data(), t);
+    });
+    each(weight, [&](T* w, int t) {
+        run.inverse_from_grads(nullptr, w, grads, p.blocks(), m, damping, condition.data(), amplification.data(), t);
+    });
     each(weight, [&](T* out, int t) { run.inverse_diagonal(out, state.data(), p.blocks(), t); });
     each(x, [&](T* out, int t) { run.block_matvec(out, x.data(), p.columns, state.data(), p.blocks(), t); });
+    each(x, [&](T* out, int t) { run.fisher_vector_product(out, x.data(), p.columns, grads, p.blocks(), m, t); });
+    same_for_any_threads(std::vector<uint8_t>(d), threads, p, [&](uint8_t* out, int t) {
+        run.prune_mask(out, &invalid, weight.data(), mask.data(), d, d / 2, t);
+    });
     each(weight, [&](T* out, int t) { run.obs_saliency(out, weight.data(), x.data(), d, t); });
     each(weight, [&](T* w, int t) { run.obs_update(w, state.data(), x.data(), d, p.blocks(), mask.data(), t); });
     each(weight, [&](T* w, int t) { run.obs_solve(w, state.data(), p.blocks(), mask.data(), failed.data(), t); });

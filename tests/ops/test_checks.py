@@ -21,12 +21,34 @@ def valid() -> dict[str, dict[str, object]]:
     factor = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     condition = torch.zeros(2, dtype=torch.float64)
     w, keep = torch.ones(7), torch.ones(7, dtype=torch.bool)
+    build = {
+        "grads": grads,
+        "blocks": BLOCKS,
+        "num_grads": 5,
+        "condition": condition,
+        "amplification": condition.clone(),
+        "damping": 0.1,
+    }
     either = {"state": state, "factor": None, "blocks": BLOCKS, "damping": 0.1}
     return {
         "sherman_morrison_": {"f_inv": state, "grads": grads, "blocks": BLOCKS, "num_grads": 5},
         "woodbury_": {"f_inv": state, "grads": grads, "blocks": BLOCKS, "num_grads": 5},
         "fisher_accumulate_": {"fisher": state, "grads": grads, "blocks": BLOCKS, "num_grads": 5},
-        "spd_inverse_": {"matrix": state, "condition": condition},
+        "spd_inverse_": {
+            "matrix": state,
+            "damping": 0.0,
+            "condition": condition,
+            "amplification": condition.clone(),
+        },
+        "inverse_from_grads": {"f_inv": state, **build},
+        "inverse_diagonal_from_grads": {"inv_diag": torch.zeros(7), "block_size": 4, **build},
+        "fisher_vector_product": {
+            "grads": grads,
+            "blocks": BLOCKS,
+            "num_grads": 5,
+            "x": torch.ones(7, 2),
+            "out": torch.zeros(7, 2),
+        },
         "dual_factor_": {
             "factor": factor,
             "grads": grads,
@@ -38,6 +60,13 @@ def valid() -> dict[str, dict[str, object]]:
         "inverse_diagonal": {**either, "out": torch.zeros(7)},
         "block_matvec": {**either, "x": torch.ones(7, 2), "out": torch.zeros(7, 2)},
         "obs_saliency": {"weight": w, "inv_diag": torch.ones(7), "out": torch.zeros(7)},
+        "prune_mask": {
+            "saliency": w,
+            "dead": ~keep,
+            "num_zeros": 3,
+            "mask": keep.clone(),
+            "invalid": torch.zeros(1, dtype=torch.int64),
+        },
         "obs_update_": {"weight": w, **either, "inv_diag": torch.ones(7), "mask": keep},
         "obs_solve_": {
             "weight": w,
@@ -126,6 +155,28 @@ BAD: list[tuple[str, Change, str]] = [
         lambda: {"condition": torch.zeros(4, dtype=torch.float64)[::2]},
         "condition must be contiguous",
     ),
+    ("spd_inverse_", lambda: {"damping": -1.0}, "damping must be at least 0 and finite, got -1.0"),
+    ("spd_inverse_", lambda: {"amplification": torch.zeros(2)}, "amplification must be float64, got float32"),
+    ("inverse_from_grads", lambda: {"f_inv": torch.ones(1, 4, 4)}, r"blocks must be \[1, 2\], got \[2, 2\]"),
+    ("inverse_from_grads", lambda: {"damping": 0.0}, "damping must be positive and finite, got 0.0"),
+    ("inverse_from_grads", lambda: {"num_grads": 2}, "at least the 3 rows of grads, got 2"),
+    ("inverse_diagonal_from_grads", lambda: {"block_size": 0}, "block_size must be at least 1, got 0"),
+    ("inverse_diagonal_from_grads", lambda: {"block_size": 3}, r"hold 1 to 3 weights, got \[0, 4\]"),
+    (
+        "inverse_diagonal_from_grads",
+        lambda: {"inv_diag": torch.zeros(8)},
+        r"grads must be \[k, 8\], got \[3, 7\]",
+    ),
+    (
+        "fisher_vector_product",
+        lambda: {"x": torch.ones(8, 2), "out": torch.ones(8, 2)},
+        r"\[k, 8\], got \[3, 7\]",
+    ),
+    ("fisher_vector_product", lambda: {"num_grads": 2}, "at least the 3 rows of grads, got 2"),
+    ("prune_mask", lambda: {"num_zeros": 8}, "num_zeros must be 0 to 7, got 8"),
+    ("prune_mask", lambda: {"num_zeros": -1}, "num_zeros must be 0 to 7, got -1"),
+    ("prune_mask", lambda: {"dead": torch.zeros(7)}, "dead must be bool, got float32"),
+    ("prune_mask", lambda: {"invalid": torch.zeros(1)}, "invalid must be int64, got float32"),
     (
         "dual_factor_",
         lambda: {"factor": torch.zeros(2, 4, 4, dtype=torch.float64)},

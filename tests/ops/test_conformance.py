@@ -98,16 +98,34 @@ def gram(case: Case, dtype: torch.dtype) -> Args:
     return [state, case.grads(), case.blocks(), case.num_grads]
 
 
+def estimates(case: Case) -> list[Tensor]:
+    """Condition and amplification, NaN before."""
+    return [torch.full((len(case.blocks()),), torch.nan, dtype=torch.float64) for _ in range(2)]
+
+
 def matrices(case: Case, dtype: torch.dtype) -> Args:
-    """F with 1/λ-like padding in the lower triangle, NaN in the upper one; the condition is NaN before."""
+    """GᵀG / m in the lower triangle, NaN in the upper one; zeros in the padding, which the damping makes invertible."""
     G = case.grads().double()
     state = poisoned(case, dtype)
     lower = torch.tril_indices(state.shape[1], state.shape[1])
     for b, (start, stop) in enumerate(case.blocks().tolist()):
-        F = case.damping * torch.eye(state.shape[1], dtype=torch.float64)
-        F[: stop - start, : stop - start] += G[:, start:stop].T @ G[:, start:stop] / case.num_grads
+        F = torch.zeros(state.shape[1], state.shape[1], dtype=torch.float64)
+        F[: stop - start, : stop - start] = G[:, start:stop].T @ G[:, start:stop] / case.num_grads
         state[b, lower[0], lower[1]] = F[lower[0], lower[1]].to(dtype)
-    return [state, torch.full((len(state),), torch.nan, dtype=torch.float64)]
+    return [state, case.damping, *estimates(case)]
+
+
+def builds(case: Case, dtype: torch.dtype) -> Args:
+    """Arguments of inverse_from_grads; the state is NaN before."""
+    state = poisoned(case, dtype)
+    return [state, case.grads(), case.blocks(), case.num_grads, case.damping, *estimates(case)]
+
+
+def diagonal_builds(case: Case, dtype: torch.dtype) -> Args:
+    """Arguments of inverse_diagonal_from_grads; the diagonal is NaN before."""
+    diagonal = torch.full((case.num_weights,), torch.nan, dtype=dtype)
+    size = case.layout().block_size
+    return [diagonal, case.grads(), case.blocks(), size, case.num_grads, case.damping, *estimates(case)]
 
 
 def factors(case: Case, dtype: torch.dtype) -> Args:
@@ -140,6 +158,24 @@ def products(form: str, columns: int) -> Callable[[Case, torch.dtype], Args]:
         return [*states(case, dtype, form), x, torch.full_like(x, torch.nan)]
 
     return make
+
+
+def fisher_products(columns: int) -> Callable[[Case, torch.dtype], Args]:
+    """Arguments of fisher_vector_product."""
+
+    def make(case: Case, dtype: torch.dtype) -> Args:
+        x = vector(case, dtype, columns)
+        return [case.grads(), case.blocks(), case.num_grads, x, torch.full_like(x, torch.nan)]
+
+    return make
+
+
+def masks(case: Case, dtype: torch.dtype) -> Args:
+    """Arguments of prune_mask: many equal saliencies, some dead weights, three of five removed."""
+    saliency = (vector(case, torch.float32) * 4).round().abs().to(dtype)
+    dead = vector(case, torch.float32, salt=2) > 1
+    invalid = torch.zeros(1, dtype=torch.int64)
+    return [saliency, dead, case.num_weights * 3 // 5, torch.zeros_like(dead), invalid]
 
 
 def saliencies(case: Case, dtype: torch.dtype) -> Args:
@@ -186,7 +222,11 @@ ROWS = [
     Row("sherman_morrison_", "", running, (0,)),
     Row("woodbury_", "", running, (0,)),
     Row("fisher_accumulate_", "", gram, (0,)),
-    Row("spd_inverse_", "", matrices, (0, 1)),
+    Row("spd_inverse_", "", matrices, (0, 2, 3)),
+    Row("inverse_from_grads", "", builds, (0, 5, 6)),
+    Row("inverse_diagonal_from_grads", "", diagonal_builds, (0, 6, 7)),
+    Row("fisher_vector_product", "", fisher_products(3), (4,)),
+    Row("fisher_vector_product", " vector", fisher_products(1), (4,)),
     Row("dual_factor_", "", factors, (0,)),
     Row("inverse_diagonal", " primal", diagonals("primal"), (4,)),
     Row("inverse_diagonal", " dual", diagonals("dual"), (4,)),
@@ -194,11 +234,17 @@ ROWS = [
     Row("block_matvec", " primal vector", products("primal", 1), (5,)),
     Row("block_matvec", " dual", products("dual", 3), (5,)),
     Row("obs_saliency", "", saliencies, (2,)),
+    Row("prune_mask", "", masks, (3, 4)),
     Row("obs_update_", " primal", updates("primal"), (0,)),
     Row("obs_update_", " dual", updates("dual"), (0,)),
     Row("obs_solve_", " primal", solves("primal"), (0, 7)),
     Row("obs_solve_", " dual", solves("dual"), (0, 7)),
 ]
+
+
+def row_of(name: str) -> Row:
+    """The row of that name."""
+    return next(row for row in ROWS if str(row) == name)
 
 
 def run(row: Row, args: Args, backend: str) -> list[Tensor]:
@@ -319,7 +365,7 @@ def test_repeated_and_on_two_threads_bitwise_equal(case: Case, row: Row, backend
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_dual_condition_lies_between_its_bounds(case: Case, backend: str) -> None:
-    row = next(row for row in ROWS if row.op == "dual_factor_")
+    row = row_of("dual_factor_")
     args = row.make(case, torch.float32)
     available(row, backend, args)
     factor, condition = run(row, args, backend)
@@ -341,14 +387,81 @@ def test_inverse_fills_a_failed_block_with_nan(
 ) -> None:
     matrix = torch.eye(size, dtype=dtype).repeat(3, 1, 1) * 4
     matrix[1, size // 2, size // 2] = bad
-    condition = torch.zeros(3, dtype=torch.float64)
-    available(ROWS[3], backend, [matrix, condition])
+    condition, amplification = torch.zeros(2, 3, dtype=torch.float64)
+    available(row_of("spd_inverse_"), backend, [matrix, 0.0, condition, amplification])
     with ops.use_backend(backend):
-        ops.spd_inverse_(matrix, condition)
+        ops.spd_inverse_(matrix, condition, amplification)
     assert matrix[1].isnan().all()
-    assert condition[1] == torch.inf
+    assert condition[1] == amplification[1] == torch.inf
     assert torch.equal(matrix[::2], torch.eye(size, dtype=dtype).repeat(2, 1, 1) / 4)
     torch.testing.assert_close(condition[::2], torch.full((2,), float(size), dtype=torch.float64))
+    torch.testing.assert_close(amplification[::2], torch.full((2,), float(size), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [1, 5, 40, 300])
+def test_build_fills_a_failed_block_with_nan(backend: str, dtype: torch.dtype, bad: float, size: int) -> None:
+    grads = torch.ones(2, 3 * size)
+    grads[1, size + size // 2] = bad
+    blocks = torch.arange(0, 3 * size, size)[:, None] + torch.tensor([0, size])
+    state, diagonal = torch.zeros(3, size, size, dtype=dtype), torch.zeros(3 * size, dtype=dtype)
+    condition, amplification = torch.zeros(2, 3, dtype=torch.float64)
+    args = (grads, blocks, 2, condition, amplification)
+    available(row_of("inverse_from_grads"), backend, [state, grads, blocks, 2, 1.0, condition, amplification])
+    for build in (
+        lambda: ops.inverse_from_grads(state, *args, damping=1.0),
+        lambda: ops.inverse_diagonal_from_grads(diagonal, *args, block_size=size, damping=1.0),
+    ):
+        with ops.use_backend(backend):
+            build()
+        assert condition[1] == amplification[1] == torch.inf
+        assert condition[::2].isfinite().all()
+        assert amplification[::2].isfinite().all()
+    assert state[1].isnan().all()
+    assert diagonal[size : 2 * size].isnan().all()
+    # (I + 1 1ᵀ)⁻¹ = I − 1 1ᵀ / (1 + n)
+    exact = torch.eye(size, dtype=dtype) - 1 / (1 + size)
+    torch.testing.assert_close(state[::2], exact.repeat(2, 1, 1))
+    torch.testing.assert_close(diagonal[2 * size :], exact.diagonal())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mask_has_exactly_as_many_zeros_as_asked_for(backend: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    saliency = torch.rand(10_000, generator=generator).to(dtype).pow(8) * 10.0 ** -torch.randint(
+        0, 30, (10_000,), generator=generator
+    )
+    saliency[5_000:6_000] = saliency[4_999]
+    saliency[::1_000] = 0
+    dead = torch.rand(10_000, generator=generator) < 0.1
+    available(row_of("prune_mask"), backend, [saliency, dead, 0, dead, torch.zeros(1, dtype=torch.int64)])
+    for zeros in (0, 1, 900, 5_000, 5_500, 9_999, 10_000):
+        mask, invalid = torch.empty_like(dead), torch.empty(1, dtype=torch.int64)
+        with ops.use_backend(backend):
+            ops.prune_mask(saliency, dead, zeros, mask=mask, invalid=invalid)
+        order = torch.where(dead, -1, saliency).sort(stable=True).indices
+        expected = torch.ones_like(dead)
+        expected[order[: max(zeros, int(dead.sum()))]] = False
+        assert torch.equal(mask, expected), zeros
+        assert int(invalid) == -1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_mask_names_the_first_saliency_that_is_not_finite(backend: str, bad: float) -> None:
+    saliency = torch.ones(5_000)
+    saliency[[7, 3_000, 4_000]] = bad
+    dead = torch.zeros(5_000, dtype=torch.bool)
+    dead[7] = True
+    mask, invalid = torch.empty_like(dead), torch.empty(1, dtype=torch.int64)
+    available(row_of("prune_mask"), backend, [saliency, dead, 9, mask, invalid])
+    with ops.use_backend(backend):
+        ops.prune_mask(saliency, dead, 9, mask=mask, invalid=invalid)
+    assert int(invalid) == 3_000
+    assert torch.equal(mask, ~dead)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -358,7 +471,7 @@ def test_dual_factor_fills_a_failed_block_with_nan(backend: str, bad: float) -> 
     grads[2, 15] = bad
     blocks = torch.tensor([[0, 10], [10, 20], [20, 30]])
     factor, condition = torch.zeros(3, 4, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    available(ROWS[4], backend, [factor, grads, blocks, 4, 0.1, condition])
+    available(row_of("dual_factor_"), backend, [factor, grads, blocks, 4, 0.1, condition])
     with ops.use_backend(backend):
         ops.dual_factor_(factor, grads, blocks, 4, 0.1, condition)
     assert factor[1].isnan().all()
@@ -372,7 +485,7 @@ def test_woodbury_fills_a_failed_block_with_nan(backend: str) -> None:
     f_inv = torch.eye(10).repeat(2, 1, 1)
     f_inv[0] *= -100  # no inverse Fisher: the capacitance becomes negative
     grads, blocks = torch.ones(3, 20), torch.tensor([[0, 10], [10, 20]])
-    available(ROWS[1], backend, [f_inv, grads, blocks, 3])
+    available(row_of("woodbury_"), backend, [f_inv, grads, blocks, 3])
     with ops.use_backend(backend):
         ops.woodbury_(f_inv, grads, blocks, 3)
     assert f_inv[0].isnan().all()
@@ -392,7 +505,7 @@ def test_joint_update_leaves_a_failed_block_alone(backend: str, form: str) -> No
         state, factor = torch.ones(3, 20), torch.zeros(2, 3, 3, dtype=torch.float64)
         state[1, 4] = torch.nan
     failed = torch.zeros(2, dtype=torch.bool)
-    available(ROWS[13], backend, [weight, state, factor, blocks, 3, 0.1, keep, failed])
+    available(row_of(f"obs_solve_ {form}"), backend, [weight, state, factor, blocks, 3, 0.1, keep, failed])
     with ops.use_backend(backend):
         ops.obs_solve_(weight, state, blocks, keep, failed, num_grads=3, factor=factor, damping=0.1)
     assert failed.tolist() == [True, False]
@@ -406,7 +519,7 @@ def test_joint_update_leaves_a_failed_block_alone(backend: str, form: str) -> No
 @pytest.mark.parametrize("keep_all", [True, False])
 def test_updates_with_everything_kept_or_removed(backend: str, op: str, form: str, keep_all: bool) -> None:
     case = next(case for case in CASES if case.name == "gap")
-    row = next(row for row in ROWS if str(row) == f"{op} {form}")
+    row = row_of(f"{op} {form}")
     args = row.make(case, torch.float32)
     available(row, backend, args)
     position = next(
@@ -431,7 +544,7 @@ def test_state_and_weight_of_different_dtypes(backend: str, weight_dtype: torch.
     case = next(case for case in CASES if case.name == "many tensors")
     state_dtype = torch.float64 if weight_dtype == torch.float32 else torch.float32
     for op, make in (("block_matvec", products(form, 2)), ("inverse_diagonal", diagonals(form))):
-        row = next(row for row in ROWS if row.op == op)
+        row = row_of(f"{op} {form}")
         args = [*states(case, state_dtype, form), *make(case, weight_dtype)[4:]]
         available(row, backend, args)
         assert error(run(row, args, backend)[0], run(row, wide(args), "reference")[0]) <= 1e-6
@@ -439,5 +552,5 @@ def test_state_and_weight_of_different_dtypes(backend: str, weight_dtype: torch.
         ("obs_update_", [vector(case, weight_dtype), *updates(form)(case, state_dtype)[1:]]),
         ("obs_solve_", [vector(case, weight_dtype), *solves(form)(case, state_dtype)[1:]]),
     ):
-        row = next(row for row in ROWS if str(row) == f"{op} {form}")
+        row = row_of(f"{op} {form}")
         assert error(run(row, args, backend)[0], run(row, wide(args), "reference")[0]) <= 1e-5

@@ -51,10 +51,9 @@ def test_compiled_is_bitwise_the_same(row: Row) -> None:
 def test_meta_tensors_are_checked_and_nothing_runs(row: Row) -> None:
     args = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in arguments(row)]
     getattr(torch.ops.fastfisher, row.op)(*args)
-    blocks = next(
-        i for i, name in enumerate(ops.OPS[row.op].arguments) if name in ("blocks", "condition", "inv_diag")
-    )
-    args[blocks] = args[blocks][1:]  # type: ignore[index]
+    names = ops.OPS[row.op].arguments
+    one = next(name for name in ("condition", "inv_diag", "x", "dead", "blocks") if name in names)
+    args[names.index(one)] = args[names.index(one)][1:]  # type: ignore[index]
     with pytest.raises(ValueError, match="must be"):
         getattr(torch.ops.fastfisher, row.op)(*args)
 

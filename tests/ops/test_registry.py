@@ -47,7 +47,6 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_every_op_has_a_reference_and_a_place_for_native() -> None:
-    assert len(ops.OPS) == 10
     for op in ops.OPS.values():
         assert {"native", "reference"} <= set(op.implementations)
         assert op.written
