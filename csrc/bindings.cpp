@@ -9,6 +9,9 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#ifdef FF_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 
@@ -45,6 +48,25 @@ void with_type(bool is_double, const std::string& isa, Body body) {
     }
 }
 
+#ifdef FF_CUDA
+// The same ops on a GPU: the device and stream of the caller come first. A launch returns at once, so the GIL stays.
+void define_cuda(py::module_& module) {
+    using ff::cuda::Estimates;
+    using ff::cuda::Where;
+    const auto check = [](int code) {
+        if (code != 0) throw std::runtime_error(std::string("CUDA: ") + ff::cuda::error_text(code));
+    };
+
+    module.def("cuda_spd_inverse", [=](int device, Address stream, bool is_double, Address matrix, int64_t count,
+                                       int64_t size, double damping, Address condition, Address amplification) {
+        const Where where = {device, at<void>(stream)};
+        const Estimates estimates = {at<double>(condition), at<double>(amplification)};
+        check(is_double ? ff::cuda::spd_inverse(at<double>(matrix), count, size, damping, estimates, where)
+                        : ff::cuda::spd_inverse(at<float>(matrix), count, size, damping, estimates, where));
+    });
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -55,6 +77,9 @@ PYBIND11_MODULE(_native, module) {
         .def(py::init(&gradients), py::arg("data"), py::arg("dtype"), py::arg("rows"), py::arg("row_stride"));
     py::class_<Blocks>(module, "Blocks")
         .def(py::init(&block_ranges), py::arg("range"), py::arg("count"), py::arg("size"));
+#ifdef FF_CUDA
+    define_cuda(module);
+#endif
 
     module.def("isas", [] {
         py::list names;

@@ -43,12 +43,13 @@ ISA = Variable(
 BUILD = Variable(
     "FASTFISHER_BUILD",
     "auto",
-    "Build time: native fails when the extension cannot be compiled, auto goes on without it, none never compiles.",
+    "Build time: auto goes on without what cannot be compiled, native fails when the extension cannot be, cuda also "
+    "when its CUDA kernels cannot be, none never compiles.",
 )
 CUDA_ARCHS = Variable(
     "FASTFISHER_CUDA_ARCHS",
-    "",
-    "Build time: GPU architectures to compile for, such as 80;90; has no effect in a release without CUDA sources.",
+    "80;90;100",
+    "Build time: GPU architectures to compile the CUDA kernels for; newer ones run the code of the last one.",
 )
 
 VARIABLES = (BACKEND, NUM_THREADS, ISA, BUILD, CUDA_ARCHS)

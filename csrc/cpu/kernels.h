@@ -1,30 +1,12 @@
 // What the CPU kernels compute, for callers that know nothing of SIMD: one table of functions per element type,
 // filled once per instruction set (kernels_<isa>.cpp) and chosen at run time (dispatch.cpp).
-//
-// Letters: d weights, K blocks, B block size, n <= B the length of one block, k gradients handed over, m their divisor.
+// Letters as in types.h.
 #pragma once
 #include <cstdint>
 
+#include "../types.h"
+
 namespace ff {
-
-enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
-
-// Gradients [k, d]: unit inner stride, any row stride (in elements).
-struct Gradients {
-    const void* data;
-    DType dtype;
-    int64_t rows;
-    int64_t row_stride;
-};
-
-// Block b covers the weights range[2b] .. range[2b + 1] - 1; no block is longer than `size` (B).
-struct Blocks {
-    const int64_t* range;
-    int64_t count;
-    int64_t size;
-    int64_t start(int64_t b) const { return range[2 * b]; }
-    int64_t length(int64_t b) const { return range[2 * b + 1] - range[2 * b]; }
-};
 
 // The dual state of the inverse: F^-1 = (I - G^T C^-1 G) / damping with C = L L^T per block.
 // factor [K, k, k] holds U = L^T, row-major.

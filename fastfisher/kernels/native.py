@@ -1,7 +1,8 @@
-"""The `native` backend: hands addresses, shapes and dtypes of checked tensors to the C++ kernels of csrc/.
+"""The `native` backend: hands addresses, shapes and dtypes of checked tensors to the kernels of csrc/, C++ and CUDA.
 
-The extension knows nothing of torch; what a kernel computes and which letters it uses stands in csrc/cpu/kernels.h.
-Where the extension is absent, or a call is not its kind (device, dtype), `why_not` says so in a sentence.
+The extension knows nothing of torch; what a kernel computes and which letters it uses stands in csrc/cpu/kernels.h and
+csrc/cuda/kernels.h.  Where the extension is absent, or a call is not its kind (device, dtype), `why_not` says so in a
+sentence; so does cuda.py for the ops that also run on a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from fastfisher import environment
 from fastfisher.errors import FastFisherError
-from fastfisher.ops._registry import implement
+from fastfisher.kernels import cuda
+from fastfisher.ops._registry import WhyNot, implement
 from fastfisher.ops.threads import kernel_threads
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # ff::DType
@@ -79,8 +81,23 @@ def why_not(*args: object) -> str | None:
     return None
 
 
-def _kernel(name: str) -> Callable[..., None]:
-    """The C++ function, bound to the instruction set and the number of threads in force."""
+def _also_on_gpu(why_not_on_gpu: WhyNot) -> WhyNot:
+    """The predicate of an op with a CUDA kernel; the first argument tells where the call runs."""
+
+    def either(*args: object) -> str | None:
+        on_gpu = isinstance(args[0], Tensor) and args[0].is_cuda
+        return why_not_on_gpu(*args) if on_gpu else why_not(*args)
+
+    return either
+
+
+def _kernel(name: str, written: Tensor | None = None) -> Callable[..., None]:
+    """The C++ function, bound to the instruction set and the number of threads in force.
+
+    written: given by the ops that also run on a GPU; on one, it is the CUDA function of that name instead.
+    """
+    if written is not None and written.is_cuda:
+        return cuda.kernel(name, written.device)
     isa, threads = selected_isa(), kernel_threads()
     function = getattr(_native, name)
     return lambda *args: function(isa, threads, *args)
@@ -130,9 +147,9 @@ def _fisher_accumulate(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads:
     )
 
 
-@implement("spd_inverse_", "native", why_not)
+@implement("spd_inverse_", "native", _also_on_gpu(cuda.why_not_spd_inverse))
 def _spd_inverse(matrix: Tensor, damping: float, condition: Tensor, amplification: Tensor) -> None:
-    _kernel("spd_inverse")(
+    _kernel("spd_inverse", matrix)(
         _is_double(matrix),
         matrix.data_ptr(),
         matrix.shape[0],

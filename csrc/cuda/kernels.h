@@ -1,0 +1,38 @@
+// What the CUDA kernels compute, for callers that know nothing of CUDA. T is float or double; every pointer is memory
+// of the device `where` names, with no more alignment than its elements have. Letters as in types.h.
+//
+// Nothing here waits for the device or allocates, so all of it can be captured in a CUDA graph. Results do not depend
+// on timing: sums have a fixed order. Each function returns a cudaError_t, 0 for success.
+#pragma once
+#include <cstdint>
+
+#include "../types.h"
+
+namespace ff {
+namespace cuda {
+
+struct Where {
+    int device;
+    void* stream;  // a cudaStream_t
+};
+
+// The largest B that fits on chip: the state of a block is held in registers.
+template <class T>
+constexpr int64_t LARGEST_BLOCK = sizeof(T) == 4 ? 256 : 176;
+
+// condition [K]: ||A||_F ||A^-1||_F, A = F scaled to unit diagonal. amplification [K]: ||A||_F ||F^-1 diag(f)^1/2||_F
+// max(f)^1/2, f = the diagonal of F without the damping. Both +inf where a pivot was not positive and finite.
+struct Estimates {
+    double* condition;
+    double* amplification;
+};
+
+// matrix [K, B, B] <- F^-1, F = matrix + damping I, from the lower triangle; NaN in a block that failed.
+template <class T>
+int spd_inverse(T* matrix, int64_t num_blocks, int64_t block_size, double damping, Estimates, Where);
+
+// What went wrong, for a code returned by the functions above.
+const char* error_text(int code);
+
+}  // namespace cuda
+}  // namespace ff

@@ -1,0 +1,79 @@
+#include "sweep.cuh"
+
+namespace ff {
+namespace cuda {
+namespace {
+
+template <class T>
+struct Args {
+    T* matrix;
+    int64_t count;
+    int size, blocks_per_cta, threads_per_block;
+    T damping;
+    Estimates estimates;
+};
+
+constexpr int FULL = 128;  // threads that small blocks share
+
+template <class Tl>
+__global__ void __launch_bounds__(Tl::MAX_THREADS > FULL ? Tl::MAX_THREADS : FULL) kernel(Args<typename Tl::T> args) {
+    using Shared = SweepShared<Tl>;
+    const int thread = static_cast<int>(threadIdx.x), slot = thread / args.threads_per_block;
+    const int64_t b = static_cast<int64_t>(blockIdx.x) * args.blocks_per_cta + slot;
+    const bool live = slot < args.blocks_per_cta && b < args.count;
+    const Team team = live ? Team{thread % args.threads_per_block, args.threads_per_block} : Team{0, 0};
+    const int B = args.size, bands = Tl::tiles(B), n = live ? B : 0;
+    Shared& shared = shared_memory<Shared>()[live ? slot : 0];
+    typename Tl::T* const matrix = args.matrix + (live ? b : 0) * B * B;
+
+    Tile<Tl> s(team, n);
+    s.read(matrix, B, n);
+    negate_and_scale(s, shared, n, args.damping, team);
+    __syncthreads();
+    invert(s, shared, n, bands, team);
+    const bool usable = estimate(s, shared, n, team, args.estimates.condition + b, args.estimates.amplification + b);
+    s.write(matrix, B, n, bands, team, shared.rows, usable);
+}
+
+template <class Tl>
+int launch_with(Args<typename Tl::T> args, Where where) {
+    using Shared = SweepShared<Tl>;
+    constexpr int ROOM = 48 << 10;  // bytes of shared memory that need no permission
+    static_assert(sizeof(Shared) <= ROOM, "a block does not fit");
+    const int fitting = ROOM / static_cast<int>(sizeof(Shared)), threads = Tl::threads(args.size);
+    const int sharing = threads < FULL ? FULL / threads : 1;
+    args.threads_per_block = threads;
+    args.blocks_per_cta = sharing < fitting ? sharing : fitting;
+    const int64_t grid = (args.count + args.blocks_per_cta - 1) / args.blocks_per_cta;
+    return launch(kernel<Tl>, grid, round_up(threads * args.blocks_per_cta, WARP), args.blocks_per_cta * sizeof(Shared),
+                  args, where);
+}
+
+int choose(Args<float> args, Where where) {
+    if (args.size <= 16) return launch_with<Tiling<float, 2, 16, false>>(args, where);
+    if (args.size <= 64) return launch_with<Tiling<float, 4, 64, false>>(args, where);
+    if (args.size <= 128) return launch_with<Tiling<float, 8, 128, true>>(args, where);
+    return launch_with<Tiling<float, 10, 256, true>>(args, where);
+}
+
+int choose(Args<double> args, Where where) {
+    if (args.size <= 16) return launch_with<Tiling<double, 2, 16, false>>(args, where);
+    if (args.size <= 64) return launch_with<Tiling<double, 4, 64, false>>(args, where);
+    return launch_with<Tiling<double, 8, 176, false>>(args, where);
+}
+
+}  // namespace
+
+template <class T>
+int spd_inverse(T* matrix, int64_t num_blocks, int64_t block_size, double damping, Estimates estimates, Where where) {
+    if (block_size > LARGEST_BLOCK<T>) return cudaErrorInvalidValue;
+    return choose({matrix, num_blocks, static_cast<int>(block_size), 0, 0, static_cast<T>(damping), estimates}, where);
+}
+
+template int spd_inverse(float*, int64_t, int64_t, double, Estimates, Where);
+template int spd_inverse(double*, int64_t, int64_t, double, Estimates, Where);
+
+const char* error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+
+}  // namespace cuda
+}  // namespace ff

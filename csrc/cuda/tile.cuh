@@ -1,0 +1,197 @@
+// A symmetric matrix [n, n] in the registers of the threads that work on it: each holds one N x N tile of the lower
+// triangle. Registers hold twice what shared memory does and are read many times faster, which is what decides here:
+// every step of every kernel touches all of the matrix. Shared memory carries vectors only.
+//
+// A rank-one term x x^T costs a thread 2 N loads for N^2 multiply-adds; consecutive threads share the row of tiles, so
+// that half of the loads are broadcasts and the other half is contiguous.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "launch.h"
+
+namespace ff {
+namespace cuda {
+
+// T: type of the matrix. N: edge of a tile. MAX_B: longest matrix. DIAGONAL_WARP: the tiles on the diagonal have the
+// first warp for themselves, see Tile::add_outer.
+template <class T_, int N_, int MAX_B_, bool DIAGONAL_WARP_>
+struct Tiling {
+    using T = T_;
+    static constexpr int N = N_, MAX_B = MAX_B_;
+    static constexpr bool DIAGONAL_WARP = DIAGONAL_WARP_;
+    static constexpr int EDGE = (MAX_B + N - 1) / N;  // tiles along the edge of the largest matrix
+    // Elements of a vector that are loaded at once: the largest power of two that divides N and fits 16 bytes.
+    static constexpr int PACK = (N % 4 == 0 && sizeof(T) == 4) ? 4 : 2;
+    static constexpr int PLANES = N / PACK;
+    // A vector lies in memory as PLANES planes: plane c holds pack c of each tile, one tile after the other, so that
+    // threads with consecutive tiles load without bank conflicts. The room of a plane is widened until consecutive
+    // elements, which lie in different planes, fall into different banks too.
+    static constexpr int WIDENED = PLANES == 2 ? (4 - EDGE) & 7 : PLANES == 4 ? (2 - EDGE) & 3 : 0;
+    static constexpr int PLANE = (EDGE + WIDENED) * PACK;
+    static constexpr int PITCH = PLANE * PLANES;
+
+    static __host__ __device__ constexpr int tiles(int64_t n) { return static_cast<int>((n + N - 1) / N); }
+    // Threads that a matrix of length n takes: one for each tile.
+    static __host__ __device__ constexpr int threads(int64_t n) {
+        return (DIAGONAL_WARP ? WARP : tiles(n)) + tiles(n) * (tiles(n) - 1) / 2;
+    }
+    static constexpr int MAX_THREADS = round_up(threads(MAX_B), WARP);
+
+    // Where element i of a vector lies.
+    static __device__ int slot(int i) { return i % N / PACK * PLANE + i / N * PACK + i % PACK; }
+};
+
+template <class T, int PACK>
+struct alignas(PACK * sizeof(T)) Pack {
+    T x[PACK];
+};
+
+// The elements of a vector that belong to tile I.
+template <class Tl>
+__device__ inline void load(const typename Tl::T* vector, int I, typename Tl::T (&x)[Tl::N]) {
+#pragma unroll
+    for (int c = 0; c < Tl::PLANES; ++c) {
+        using P = Pack<typename Tl::T, Tl::PACK>;
+        const P pack = *reinterpret_cast<const P*>(vector + c * Tl::PLANE + I * Tl::PACK);
+#pragma unroll
+        for (int e = 0; e < Tl::PACK; ++e) x[c * Tl::PACK + e] = pack.x[e];
+    }
+}
+
+template <class Tl>
+__device__ inline void store(typename Tl::T* vector, int I, const typename Tl::T (&x)[Tl::N]) {
+#pragma unroll
+    for (int c = 0; c < Tl::PLANES; ++c) {
+        using P = Pack<typename Tl::T, Tl::PACK>;
+        P pack;
+#pragma unroll
+        for (int e = 0; e < Tl::PACK; ++e) pack.x[e] = x[c * Tl::PACK + e];
+        *reinterpret_cast<P*>(vector + c * Tl::PLANE + I * Tl::PACK) = pack;
+    }
+}
+
+__device__ inline float reciprocal_root(float x) { return rsqrtf(x); }
+__device__ inline double reciprocal_root(double x) { return rsqrt(x); }
+
+// The threads that work on one matrix, and which of them this one is. A thread without a matrix has size 0 and n = 0;
+// it takes part in the barriers only.
+struct Team {
+    int rank, size;
+    __device__ bool leads() const { return size > 0 && rank == 0; }
+};
+
+// One thread's part of a matrix: tile (I, J), J <= I.
+template <class Tl>
+struct Tile {
+    using T = typename Tl::T;
+    static constexpr int N = Tl::N;
+
+    T a[N][N];
+    int I, J;  // NONE in a thread without a tile
+    static constexpr int NONE = -1;
+
+    // Threads on the diagonal come first, the others row by row.
+    __device__ Tile(Team team, int n) : I(team.rank), J(team.rank) {
+        const int tiles = Tl::tiles(n), on_diagonal = Tl::DIAGONAL_WARP ? WARP : tiles;
+        if (team.rank >= on_diagonal) {
+            I = 1;
+            J = team.rank - on_diagonal;
+            while (J >= I && I < tiles) J -= I++;
+        }
+        if (I >= tiles) I = J = NONE;
+    }
+
+    __device__ bool on_diagonal() const { return I == J; }
+
+    __device__ void fill(T value) {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+            for (int j = 0; j < N; ++j) a[i][j] = value;
+    }
+
+    // On the diagonal, the upper triangle <- the lower one.
+    __device__ void mirror() {
+        if (!on_diagonal()) return;
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+            for (int j = 0; j < i; ++j) a[j][i] = a[i][j];
+    }
+
+    // a += x x^T over `ROWS` vectors. A warp of diagonal tiles computes only their lower triangles: it has work of its
+    // own afterwards (factor_tile), which it then finishes while the other warps are still here.
+    template <int ROWS>
+    __device__ void add_outer(const T* vectors) {
+        if (I == NONE) return;
+        if (Tl::DIAGONAL_WARP && on_diagonal()) {
+            add_outer_part<ROWS, true>(vectors);
+        } else {
+            add_outer_part<ROWS, false>(vectors);
+        }
+    }
+
+    // a <- the tile of a matrix of which the lower triangle is read; 0 beyond n.
+    __device__ void read(const T* matrix, int64_t ld, int n) {
+        fill(0);
+        if (I == NONE) return;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int row = I * N + i;
+            const T* from = matrix + row * ld + J * N;
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                if (row < n && J * N + j <= row) a[i][j] = from[j];
+        }
+        mirror();
+    }
+
+    // matrix <- all of the symmetric matrix, or NaN. Rows go through shared memory, N at a time, so that they are
+    // written in one piece whatever the alignment. Every thread of the block must call it, with the same `bands`.
+    __device__ void write(T* matrix, int64_t ld, int n, int bands, Team team, T (&rows)[2][N * Tl::PITCH],
+                          bool valid) const {
+        for (int band = 0; band < bands; ++band) {
+            T* const from = rows[band & 1];
+            publish(from, band);
+            __syncthreads();
+            for (int i = 0; i < N && band * N + i < n; ++i)
+                for (int j = team.rank; j < n; j += team.size)
+                    matrix[(band * N + i) * ld + j] = valid ? from[i * Tl::PITCH + Tl::slot(j)] : T(NAN);
+        }
+    }
+
+    // rows [N, PITCH] <- the rows band * N .. of the matrix, all of their columns.
+    __device__ void publish(T* rows, int band) const {
+        if (I == band) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) store<Tl>(rows + i * Tl::PITCH, J, a[i]);
+        } else if (J == band) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                T column[N];
+#pragma unroll
+                for (int i = 0; i < N; ++i) column[i] = a[i][j];
+                store<Tl>(rows + j * Tl::PITCH, I, column);
+            }
+        }
+    }
+
+   private:
+    template <int ROWS, bool LOWER>
+    __device__ void add_outer_part(const T* vector) {
+#pragma unroll 1
+        for (int k = 0; k < ROWS; ++k, vector += Tl::PITCH) {
+            T x[N], y[N];
+            load<Tl>(vector, I, x);
+            load<Tl>(vector, J, y);
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+#pragma unroll
+                for (int j = 0; j < (LOWER ? i + 1 : N); ++j) a[i][j] = fma(x[i], y[j], a[i][j]);
+        }
+    }
+};
+
+}  // namespace cuda
+}  // namespace ff

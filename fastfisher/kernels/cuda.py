@@ -1,0 +1,73 @@
+"""The CUDA half of the `native` backend: which calls the kernels of csrc/cuda take, and on which stream they run.
+
+A kernel holds a whole block in the registers of one thread block, which limits B; the limits stand in
+csrc/cuda/kernels.h.  Nothing here touches torch.cuda before a tensor lies on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache, partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+LARGEST = {torch.float32: 256, torch.float64: 176}  # ff::cuda::LARGEST_BLOCK
+ON_CHIP_ELSEWHERE = 128  # up to this B the triton kernels of the streaming ops hold a block on chip as well
+
+
+def _import(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"fastfisher.{name}")
+    except ImportError:
+        return None
+
+
+_native = _import("_native")
+_build_info = _import("_build_info")
+
+
+def build_reason() -> str:
+    """Why there are no CUDA kernels in this build, "" where there are."""
+    if _native is not None and hasattr(_native, "cuda_spd_inverse"):
+        return ""
+    recorded: str = getattr(_build_info, "CUDA_REASON", "")
+    return f"the extension has no CUDA kernels ({recorded or 'it is missing or of an older build'})"
+
+
+@lru_cache(maxsize=64)
+def _device_reason(device: torch.device) -> str | None:
+    reason = build_reason()
+    if reason:
+        return reason
+    if torch.version.hip is not None:
+        return "it runs on GPUs of NVIDIA"
+    archs: tuple[str, ...] = getattr(_build_info, "CUDA_ARCHS", ())
+    lowest = min(int(arch.rstrip("af")) for arch in archs)
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < lowest:
+        return (
+            f"it was built for compute capability {lowest // 10}.{lowest % 10}, this GPU has {major}.{minor}"
+        )
+    return None
+
+
+def _why_not(state: Tensor, block_size: int) -> str | None:
+    largest = LARGEST[state.dtype]
+    if block_size > largest:
+        name = str(state.dtype).removeprefix("torch.")
+        return f"a block of {name} fits on chip up to B = {largest}, got {block_size}"
+    return _device_reason(state.device)
+
+
+def why_not_spd_inverse(matrix: Tensor, *_: object) -> str | None:
+    """None when the kernel can run on these arguments, which lie on a GPU, else the reason."""
+    return _why_not(matrix, matrix.shape[-1])
+
+
+def kernel(name: str, device: torch.device) -> Callable[..., None]:
+    """The function that launches a kernel, bound to a device and its current stream."""
+    stream = torch.cuda.current_stream(device)
+    return partial(getattr(_native, f"cuda_{name}"), stream.device_index, stream.cuda_stream)
