@@ -36,33 +36,59 @@ ff::Gradients gradients(Address data, int dtype, int64_t rows, int64_t row_strid
 
 ff::Blocks block_ranges(Address range, int64_t count, int64_t size) { return {at<const int64_t>(range), count, size}; }
 
-// Calls `body` with the kernels of the state's type (float64 or float32) and a null pointer of that type.
+// Calls `body` with a null pointer of the state's type, float64 or float32.
+template <class Body>
+void with_state_type(bool is_double, Body body) {
+    if (is_double) {
+        body(static_cast<double*>(nullptr));
+    } else {
+        body(static_cast<float*>(nullptr));
+    }
+}
+
+const ff::Kernels<double>& kernels_of(const ff::KernelTable& kernels, const double*) { return kernels.f64; }
+const ff::Kernels<float>& kernels_of(const ff::KernelTable& kernels, const float*) { return kernels.f32; }
+
+// The same with the CPU kernels of that type before it.
 template <class Body>
 void with_type(bool is_double, const std::string& isa, Body body) {
     const ff::KernelTable& kernels = table(isa);
     py::gil_scoped_release release;
-    if (is_double) {
-        body(kernels.f64, static_cast<double*>(nullptr));
-    } else {
-        body(kernels.f32, static_cast<float*>(nullptr));
-    }
+    with_state_type(is_double, [&](auto* t) { body(kernels_of(kernels, t), t); });
 }
 
 #ifdef FF_CUDA
 // The same ops on a GPU: the device and stream of the caller come first. A launch returns at once, so the GIL stays.
 void define_cuda(py::module_& module) {
-    using ff::cuda::Estimates;
-    using ff::cuda::Where;
     const auto check = [](int code) {
         if (code != 0) throw std::runtime_error(std::string("CUDA: ") + ff::cuda::error_text(code));
     };
 
     module.def("cuda_spd_inverse", [=](int device, Address stream, bool is_double, Address matrix, int64_t count,
                                        int64_t size, double damping, Address condition, Address amplification) {
-        const Where where = {device, at<void>(stream)};
-        const Estimates estimates = {at<double>(condition), at<double>(amplification)};
-        check(is_double ? ff::cuda::spd_inverse(at<double>(matrix), count, size, damping, estimates, where)
-                        : ff::cuda::spd_inverse(at<float>(matrix), count, size, damping, estimates, where));
+        with_state_type(is_double, [&](auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            check(ff::cuda::spd_inverse(at<T>(matrix), count, size, damping,
+                                        {at<double>(condition), at<double>(amplification)},
+                                        {device, at<void>(stream)}));
+        });
+    });
+    module.def("cuda_inverse_from_grads",
+               [=](int device, Address stream, bool is_double, Address f_inv, Address inv_diag, ff::Gradients g,
+                   ff::Blocks blocks, double num_grads, double damping, Address condition, Address amplification) {
+                   with_state_type(is_double, [&](auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       check(ff::cuda::inverse_from_grads(at<T>(f_inv), at<T>(inv_diag), g, blocks, num_grads, damping,
+                                                          {at<double>(condition), at<double>(amplification)},
+                                                          {device, at<void>(stream)}));
+                   });
+               });
+    module.def("cuda_sherman_morrison", [=](int device, Address stream, bool is_double, Address f_inv, ff::Gradients g,
+                                            ff::Blocks blocks, double num_grads) {
+        with_state_type(is_double, [&](auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            check(ff::cuda::sherman_morrison(at<T>(f_inv), g, blocks, num_grads, {device, at<void>(stream)}));
+        });
     });
 }
 #endif

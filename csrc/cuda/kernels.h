@@ -31,6 +31,15 @@ struct Estimates {
 template <class T>
 int spd_inverse(T* matrix, int64_t num_blocks, int64_t block_size, double damping, Estimates, Where);
 
+// f_inv [K, B, B] <- (damping I + G^T G / m)^-1, I / damping outside of a short block; or, where f_inv is null,
+// inv_diag [d] (entries inside blocks) <- its diagonal. NaN in a block that failed.
+template <class T>
+int inverse_from_grads(T* f_inv, T* inv_diag, Gradients, Blocks, double num_grads, double damping, Estimates, Where);
+
+// f_inv [K, B, B] <- f_inv - v v^T / (m + g.v), v = f_inv g, for every gradient in turn.
+template <class T>
+int sherman_morrison(T* f_inv, Gradients, Blocks, double num_grads, Where);
+
 // What went wrong, for a code returned by the functions above.
 const char* error_text(int code);
 

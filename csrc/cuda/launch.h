@@ -46,7 +46,7 @@ __device__ inline S* shared_memory() {
 }
 
 constexpr int WARP = 32;
-constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
+__host__ __device__ constexpr int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
 }  // namespace cuda
 }  // namespace ff

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(Tl::MAX_THREADS > FULL ? Tl::MAX_THREADS : FUL
     __syncthreads();
     invert(s, shared, n, bands, team);
     const bool usable = estimate(s, shared, n, team, args.estimates.condition + b, args.estimates.amplification + b);
-    s.write(matrix, B, n, bands, team, shared.rows, usable);
+    s.write(matrix, B, n, bands, team, shared.band[0], usable);
 }
 
 template <class Tl>
@@ -53,13 +53,13 @@ int choose(Args<float> args, Where where) {
     if (args.size <= 16) return launch_with<Tiling<float, 2, 16, false>>(args, where);
     if (args.size <= 64) return launch_with<Tiling<float, 4, 64, false>>(args, where);
     if (args.size <= 128) return launch_with<Tiling<float, 8, 128, true>>(args, where);
-    return launch_with<Tiling<float, 10, 256, true>>(args, where);
+    return launch_with<Largest<float>>(args, where);
 }
 
 int choose(Args<double> args, Where where) {
     if (args.size <= 16) return launch_with<Tiling<double, 2, 16, false>>(args, where);
     if (args.size <= 64) return launch_with<Tiling<double, 4, 64, false>>(args, where);
-    return launch_with<Tiling<double, 8, 176, false>>(args, where);
+    return launch_with<Largest<double>>(args, where);
 }
 
 }  // namespace

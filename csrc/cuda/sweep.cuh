@@ -16,41 +16,56 @@
 namespace ff {
 namespace cuda {
 
+constexpr int SUMMING = 16;  // threads that sum up the squares of the others
+
+// L lies by columns, the reciprocals of the diagonal in place of it, in whole units of 16 bytes.
+template <class Tl>
+constexpr int FACTOR_PITCH = round_up(Tl::N, Tl::UNIT);
+
 // Shared memory of one matrix.
 template <class Tl>
 struct alignas(16) SweepShared {
     using T = typename Tl::T;
-    T rows[2][Tl::N * Tl::PITCH];  // the pivots' rows of S; H
-    T factor[Tl::N * Tl::N];       // L, the reciprocals of its diagonal in place of the diagonal
-    T root[Tl::PITCH];             // sqrt(F_ii), 0 in the padding
-    T inverse_root[Tl::PITCH];     // 1 / sqrt(F_ii), 0 in the padding
-    T fisher[Tl::PITCH];           // f_i = F_ii - damping, 0 in the padding
+    T band[2][Tl::BAND];  // tiles of the pivots' rows of S; the vectors of H
+    T factor[Tl::N * FACTOR_PITCH<Tl>];
+    T root[Tl::PITCH];          // sqrt(F_ii), 0 in the padding
+    T inverse_root[Tl::PITCH];  // 1 / sqrt(F_ii), 0 in the padding
+    T fisher[Tl::PITCH];        // f_i = F_ii - damping, 0 in the padding
     T squares[3][Tl::MAX_THREADS];
-    double partial[3][WARP];
-    T largest[WARP];
+    double partial[3][SUMMING];
+    T largest[SUMMING];
     int failed;  // a pivot was not positive and finite
 };
 
-// S <- its Cholesky factor, S = -F_pp being negative definite; L with the reciprocals of its diagonal goes to `factor`.
-// False when a pivot is not positive and finite.
+// S <- its Cholesky factor, S = -F_pp being negative definite; L goes to `factor`. False when a pivot is not positive
+// and finite.
 template <class Tl>
 __device__ inline bool factor_tile(Tile<Tl>& s, typename Tl::T* factor) {
     using T = typename Tl::T;
-    constexpr int N = Tl::N;
+    constexpr int N = Tl::N, UNIT = Tl::UNIT;
     bool usable = true;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
         const T pivot = -s.a[k][k];
         usable = usable && pivot > T(0) && pivot < T(INFINITY);
-        T r = reciprocal_root(pivot);
-        r = fma(T(0.5) * r, fma(-pivot * r, r, T(1)), r);  // one Newton step: the instruction itself is off by 2 ulp
-        factor[k * N + k] = r;
+        const T r = reciprocal_root(pivot);
+        s.a[k][k] = r;
 #pragma unroll
-        for (int i = k + 1; i < N; ++i) factor[i * N + k] = s.a[i][k] *= -r;
+        for (int i = k + 1; i < N; ++i) s.a[i][k] *= -r;
 #pragma unroll
         for (int i = k + 1; i < N; ++i)
 #pragma unroll
             for (int j = k + 1; j <= i; ++j) s.a[i][j] = fma(s.a[i][k], s.a[j][k], s.a[i][j]);
+#pragma unroll
+        for (int unit = k / UNIT; unit * UNIT < N; ++unit) {
+            Pack<T, UNIT> pack;
+#pragma unroll
+            for (int e = 0; e < UNIT; ++e) {
+                const int i = unit * UNIT + e;
+                pack.x[e] = i >= k && i < N ? s.a[i][k] : T(0);
+            }
+            *reinterpret_cast<Pack<T, UNIT>*>(factor + k * FACTOR_PITCH<Tl> + unit * UNIT) = pack;
+        }
     }
     return usable;
 }
@@ -58,27 +73,34 @@ __device__ inline bool factor_tile(Tile<Tl>& s, typename Tl::T* factor) {
 // Publishes what the sweep over the pivots of tile p needs.
 template <class Tl>
 __device__ inline void prepare_sweep(Tile<Tl>& s, SweepShared<Tl>& shared, int p) {
-    s.publish(shared.rows[0], p);
+    s.publish(shared.band[0], p);
     if (s.I == p && s.J == p && !factor_tile(s, shared.factor)) shared.failed = 1;
 }
 
 // The row of H of every row of the matrix.
 template <class Tl>
-__device__ inline void solve_rows(const SweepShared<Tl>& shared, typename Tl::T* H, int n, int p, Team team) {
+__device__ inline void solve_rows(SweepShared<Tl>& shared, int n, int p, Team team) {
     using T = typename Tl::T;
-    constexpr int N = Tl::N;
+    constexpr int N = Tl::N, UNIT = Tl::UNIT;
     for (int i = team.rank; i < n; i += team.size) {
-        const int slot = Tl::slot(i);
         const bool pivot = i / N == p;
-        T h[N];
+        T h[round_up(N, UNIT)];
 #pragma unroll
-        for (int k = 0; k < N; ++k) h[k] = pivot ? T(i % N == k) : shared.rows[0][k * Tl::PITCH + slot];
+        for (int k = 0; k < N; ++k) h[k] = pivot ? T(i % N == k) : Tile<Tl>::published(shared.band[0], p, k, i);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            h[k] *= shared.factor[k * N + k];
-            H[k * Tl::PITCH + slot] = h[k];
 #pragma unroll
-            for (int j = k + 1; j < N; ++j) h[j] = fma(-shared.factor[j * N + k], h[k], h[j]);
+            for (int unit = k / UNIT; unit * UNIT < N; ++unit) {
+                const T* const from = shared.factor + k * FACTOR_PITCH<Tl> + unit * UNIT;
+                const Pack<T, UNIT> column = *reinterpret_cast<const Pack<T, UNIT>*>(from);
+#pragma unroll
+                for (int e = 0; e < UNIT; ++e) {
+                    const int j = unit * UNIT + e;
+                    if (j == k) h[k] *= column.x[e];
+                    if (j > k && j < N) h[j] = fma(-column.x[e], h[k], h[j]);
+                }
+            }
+            shared.band[1][k * Tl::PITCH + Tl::slot(i)] = h[k];
         }
     }
 }
@@ -93,7 +115,7 @@ __device__ inline void negate_and_scale(Tile<Tl>& s, SweepShared<Tl>& shared, in
     if (team.leads()) shared.failed = 0;
     // Nothing else writes H in the padding.
     for (int i = n + team.rank; i < Tl::tiles(n) * N; i += team.size)
-        for (int k = 0; k < N; ++k) shared.rows[1][k * Tl::PITCH + Tl::slot(i)] = T(0);
+        for (int k = 0; k < N; ++k) shared.band[1][k * Tl::PITCH + Tl::slot(i)] = T(0);
 #pragma unroll
     for (int i = 0; i < N; ++i)
 #pragma unroll
@@ -154,10 +176,10 @@ __device__ inline void invert(Tile<Tl>& s, SweepShared<Tl>& shared, int n, int p
     prepare_sweep(s, shared, 0);
     __syncthreads();
     for (int p = 0; p < panels; ++p) {
-        solve_rows(shared, shared.rows[1], n, p, team);
+        solve_rows(shared, n, p, team);
         __syncthreads();
         if (s.I == p || s.J == p) s.fill(0);
-        s.template add_outer<Tl::N>(shared.rows[1]);
+        s.template add_outer<Tl::N>(shared.band[1]);
         if (p + 1 < panels) prepare_sweep(s, shared, p + 1);
         __syncthreads();
     }
@@ -177,7 +199,7 @@ __device__ inline bool estimate(const Tile<Tl>& s, SweepShared<Tl>& shared, int 
         shared.squares[2][rank] = weighted_squares(s, shared.fisher);
     }
     __syncthreads();
-    const int lanes = team.size < WARP ? team.size : WARP;
+    const int lanes = team.size < SUMMING ? team.size : SUMMING;
     if (rank < lanes) {
         for (int which = 0; which < 3; ++which) {
             double sum = 0;

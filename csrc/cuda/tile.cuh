@@ -7,6 +7,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "launch.h"
 
@@ -30,6 +31,12 @@ struct Tiling {
     static constexpr int WIDENED = PLANES == 2 ? (4 - EDGE) & 7 : PLANES == 4 ? (2 - EDGE) & 3 : 0;
     static constexpr int PLANE = (EDGE + WIDENED) * PACK;
     static constexpr int PITCH = PLANE * PLANES;
+    // A tile lies in memory row by row, and takes an odd number of 16-byte units, so that threads with consecutive
+    // tiles store without bank conflicts.
+    static constexpr int UNIT = 16 / sizeof(T);
+    static constexpr int TILE = (N * N / UNIT | 1) * UNIT;
+    // Elements that a band takes, be it N vectors or the tiles of N rows.
+    static constexpr int BAND = N * PITCH > EDGE* TILE ? N * PITCH : EDGE * TILE;
 
     static __host__ __device__ constexpr int tiles(int64_t n) { return static_cast<int>((n + N - 1) / N); }
     // Threads that a matrix of length n takes: one for each tile.
@@ -37,10 +44,19 @@ struct Tiling {
         return (DIAGONAL_WARP ? WARP : tiles(n)) + tiles(n) * (tiles(n) - 1) / 2;
     }
     static constexpr int MAX_THREADS = round_up(threads(MAX_B), WARP);
+    // Threads to launch for one matrix a thread block, one for each of its rows at least.
+    static constexpr int launched(int64_t n) {
+        return round_up(threads(n) < tiles(n) * N ? tiles(n) * N : threads(n), WARP);
+    }
 
     // Where element i of a vector lies.
     static __device__ int slot(int i) { return i % N / PACK * PLANE + i / N * PACK + i % PACK; }
 };
+
+// For the largest blocks that fit on chip. 12 warps with 168 registers each hold 26 x 26 tiles of 10 x 10 float32
+// numbers, 8 warps with 255 registers 22 x 22 tiles of 8 x 8 float64 numbers.
+template <class T>
+using Largest = std::conditional_t<sizeof(T) == 4, Tiling<T, 10, 256, true>, Tiling<T, 8, 176, false>>;
 
 template <class T, int PACK>
 struct alignas(PACK * sizeof(T)) Pack {
@@ -59,20 +75,31 @@ __device__ inline void load(const typename Tl::T* vector, int I, typename Tl::T 
     }
 }
 
+// to <- pack c of x.
+template <class Tl>
+__device__ inline void store_pack(typename Tl::T* to, const typename Tl::T (&x)[Tl::N], int c) {
+    using P = Pack<typename Tl::T, Tl::PACK>;
+    P pack;
+#pragma unroll
+    for (int e = 0; e < Tl::PACK; ++e) pack.x[e] = x[c * Tl::PACK + e];
+    *reinterpret_cast<P*>(to) = pack;
+}
+
 template <class Tl>
 __device__ inline void store(typename Tl::T* vector, int I, const typename Tl::T (&x)[Tl::N]) {
 #pragma unroll
-    for (int c = 0; c < Tl::PLANES; ++c) {
-        using P = Pack<typename Tl::T, Tl::PACK>;
-        P pack;
-#pragma unroll
-        for (int e = 0; e < Tl::PACK; ++e) pack.x[e] = x[c * Tl::PACK + e];
-        *reinterpret_cast<P*>(vector + c * Tl::PLANE + I * Tl::PACK) = pack;
-    }
+    for (int c = 0; c < Tl::PLANES; ++c) store_pack<Tl>(vector + c * Tl::PLANE + I * Tl::PACK, x, c);
 }
 
-__device__ inline float reciprocal_root(float x) { return rsqrtf(x); }
-__device__ inline double reciprocal_root(double x) { return rsqrt(x); }
+__device__ inline float rough_reciprocal_root(float x) { return rsqrtf(x); }
+__device__ inline double rough_reciprocal_root(double x) { return rsqrt(x); }
+
+// x^-1/2 with one Newton step, because the instruction alone is off by up to 2 ulp.
+template <class T>
+__device__ inline T reciprocal_root(T x) {
+    const T r = rough_reciprocal_root(x);
+    return fma(T(0.5) * r, fma(-x * r, r, T(1)), r);
+}
 
 // The threads that work on one matrix, and which of them this one is. A thread without a matrix has size 0 and n = 0;
 // it takes part in the barriers only.
@@ -111,6 +138,13 @@ struct Tile {
             for (int j = 0; j < N; ++j) a[i][j] = value;
     }
 
+    __device__ void scale(T factor) {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+            for (int j = 0; j < N; ++j) a[i][j] *= factor;
+    }
+
     // On the diagonal, the upper triangle <- the lower one.
     __device__ void mirror() {
         if (!on_diagonal()) return;
@@ -147,34 +181,47 @@ struct Tile {
         mirror();
     }
 
-    // matrix <- all of the symmetric matrix, or NaN. Rows go through shared memory, N at a time, so that they are
-    // written in one piece whatever the alignment. Every thread of the block must call it, with the same `bands`.
-    __device__ void write(T* matrix, int64_t ld, int n, int bands, Team team, T (&rows)[2][N * Tl::PITCH],
-                          bool valid) const {
+    // matrix <- all of the symmetric matrix, or NaN. Bands of N rows go through shared memory, so that they are written
+    // in one piece whatever the alignment. Every thread of the block must call it, with the same `bands`.
+    // room [2, BAND]: in turns, so that a band needs only one barrier.
+    __device__ void write(T* matrix, int64_t ld, int n, int bands, Team team, T* room, bool valid) const {
         for (int band = 0; band < bands; ++band) {
-            T* const from = rows[band & 1];
-            publish(from, band);
+            T* const tiles = room + (band & 1) * Tl::BAND;
+            publish(tiles, band);
             __syncthreads();
             for (int i = 0; i < N && band * N + i < n; ++i)
                 for (int j = team.rank; j < n; j += team.size)
-                    matrix[(band * N + i) * ld + j] = valid ? from[i * Tl::PITCH + Tl::slot(j)] : T(NAN);
+                    matrix[(band * N + i) * ld + j] = valid ? published(tiles, band, i, j) : T(NAN);
         }
     }
 
-    // rows [N, PITCH] <- the rows band * N .. of the matrix, all of their columns.
-    __device__ void publish(T* rows, int band) const {
-        if (I == band) {
+    // tiles <- the tiles of a band, each as its owner holds it: those left of the diagonal are rows of the band, those
+    // below it are columns, which is the same by symmetry.
+    __device__ void publish(T* tiles, int band) const {
+        if (I != band && J != band) return;
+        T* const to = tiles + (I == band ? J : I) * Tl::TILE;
 #pragma unroll
-            for (int i = 0; i < N; ++i) store<Tl>(rows + i * Tl::PITCH, J, a[i]);
-        } else if (J == band) {
+        for (int unit = 0; unit < N * N / Tl::UNIT; ++unit) {
+            Pack<T, Tl::UNIT> pack;
 #pragma unroll
-            for (int j = 0; j < N; ++j) {
-                T column[N];
-#pragma unroll
-                for (int i = 0; i < N; ++i) column[i] = a[i][j];
-                store<Tl>(rows + j * Tl::PITCH, I, column);
-            }
+            for (int e = 0; e < Tl::UNIT; ++e) pack.x[e] = a[(unit * Tl::UNIT + e) / N][(unit * Tl::UNIT + e) % N];
+            *reinterpret_cast<Pack<T, Tl::UNIT>*>(to + unit * Tl::UNIT) = pack;
         }
+    }
+
+    // Element [band * N + i, j] of what was published.
+    static __device__ T published(const T* tiles, int band, int i, int j) {
+        const int tile = j / N, e = j % N;
+        return tiles[tile * Tl::TILE + (tile <= band ? i * N + e : e * N + i)];
+    }
+
+    // a += x y^T.
+    template <bool LOWER = false>
+    __device__ void add_product(const T (&x)[N], const T (&y)[N]) {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+            for (int j = 0; j < (LOWER ? i + 1 : N); ++j) a[i][j] = fma(x[i], y[j], a[i][j]);
     }
 
    private:
@@ -185,10 +232,7 @@ struct Tile {
             T x[N], y[N];
             load<Tl>(vector, I, x);
             load<Tl>(vector, J, y);
-#pragma unroll
-            for (int i = 0; i < N; ++i)
-#pragma unroll
-                for (int j = 0; j < (LOWER ? i + 1 : N); ++j) a[i][j] = fma(x[i], y[j], a[i][j]);
+            add_product<LOWER>(x, y);
         }
     }
 };

@@ -12,10 +12,16 @@ from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
-from torch import Tensor
 
+# The op, and where in its arguments B is found; the dtype that counts is that of the first argument.
+BLOCK_SIZE: dict[str, Callable[..., int]] = {
+    "spd_inverse_": lambda matrix, *_: matrix.shape[-1],
+    "sherman_morrison_": lambda f_inv, *_: f_inv.shape[-1],
+    "inverse_from_grads": lambda f_inv, *_: f_inv.shape[-1],
+    "inverse_diagonal_from_grads": lambda inv_diag, grads, blocks, block_size, *_: block_size,
+}
 LARGEST = {torch.float32: 256, torch.float64: 176}  # ff::cuda::LARGEST_BLOCK
-ON_CHIP_ELSEWHERE = 128  # up to this B the triton kernels of the streaming ops hold a block on chip as well
+LEFT_TO_TRITON = 128  # up to this B its kernels of the streaming ops hold a block on chip as well
 
 
 def _import(name: str) -> ModuleType | None:
@@ -54,17 +60,20 @@ def _device_reason(device: torch.device) -> str | None:
     return None
 
 
-def _why_not(state: Tensor, block_size: int) -> str | None:
-    largest = LARGEST[state.dtype]
-    if block_size > largest:
-        name = str(state.dtype).removeprefix("torch.")
-        return f"a block of {name} fits on chip up to B = {largest}, got {block_size}"
-    return _device_reason(state.device)
+def too_large(op: str, *args: object) -> str | None:
+    """Why a block of this call does not fit on chip, or None."""
+    dtype, block_size = args[0].dtype, BLOCK_SIZE[op](*args)  # type: ignore[attr-defined]
+    if block_size <= LARGEST[dtype]:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"a block of {name} fits on chip up to B = {LARGEST[dtype]}, got {block_size}"
 
 
-def why_not_spd_inverse(matrix: Tensor, *_: object) -> str | None:
-    """None when the kernel can run on these arguments, which lie on a GPU, else the reason."""
-    return _why_not(matrix, matrix.shape[-1])
+def why_not(op: str, *args: object) -> str | None:
+    """None when the kernel of an op can run on these arguments, which lie on a GPU, else the reason."""
+    if op != "spd_inverse_" and BLOCK_SIZE[op](*args) <= LEFT_TO_TRITON:
+        return f"it is for B > {LEFT_TO_TRITON}, got {BLOCK_SIZE[op](*args)}"
+    return too_large(op, *args) or _device_reason(args[0].device)  # type: ignore[attr-defined]
 
 
 def kernel(name: str, device: torch.device) -> Callable[..., None]:

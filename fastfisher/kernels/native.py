@@ -81,12 +81,12 @@ def why_not(*args: object) -> str | None:
     return None
 
 
-def _also_on_gpu(why_not_on_gpu: WhyNot) -> WhyNot:
-    """The predicate of an op with a CUDA kernel; the first argument tells where the call runs."""
+def _also_on_gpu(op: str) -> WhyNot:
+    """The predicate of an op with a CUDA kernel; its first argument tells where a call runs."""
 
     def either(*args: object) -> str | None:
         on_gpu = isinstance(args[0], Tensor) and args[0].is_cuda
-        return why_not_on_gpu(*args) if on_gpu else why_not(*args)
+        return cuda.why_not(op, *args) if on_gpu else why_not(*args)
 
     return either
 
@@ -126,9 +126,9 @@ def _longest(blocks: Tensor) -> int:
     return int((blocks[:, 1] - blocks[:, 0]).max())
 
 
-@implement("sherman_morrison_", "native", why_not)
+@implement("sherman_morrison_", "native", _also_on_gpu("sherman_morrison_"))
 def _sherman_morrison(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
-    _kernel("sherman_morrison")(
+    _kernel("sherman_morrison", f_inv)(
         _is_double(f_inv), f_inv.data_ptr(), _grads(grads), _blocks(blocks, f_inv.shape[-1]), num_grads
     )
 
@@ -147,7 +147,7 @@ def _fisher_accumulate(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads:
     )
 
 
-@implement("spd_inverse_", "native", _also_on_gpu(cuda.why_not_spd_inverse))
+@implement("spd_inverse_", "native", _also_on_gpu("spd_inverse_"))
 def _spd_inverse(matrix: Tensor, damping: float, condition: Tensor, amplification: Tensor) -> None:
     _kernel("spd_inverse", matrix)(
         _is_double(matrix),
@@ -160,7 +160,7 @@ def _spd_inverse(matrix: Tensor, damping: float, condition: Tensor, amplificatio
     )
 
 
-@implement("inverse_from_grads", "native", why_not)
+@implement("inverse_from_grads", "native", _also_on_gpu("inverse_from_grads"))
 def _inverse_from_grads(
     f_inv: Tensor,
     grads: Tensor,
@@ -170,7 +170,7 @@ def _inverse_from_grads(
     condition: Tensor,
     amplification: Tensor,
 ) -> None:
-    _kernel("inverse_from_grads")(
+    _kernel("inverse_from_grads", f_inv)(
         _is_double(f_inv),
         f_inv.data_ptr(),
         0,
@@ -183,7 +183,7 @@ def _inverse_from_grads(
     )
 
 
-@implement("inverse_diagonal_from_grads", "native", why_not)
+@implement("inverse_diagonal_from_grads", "native", _also_on_gpu("inverse_diagonal_from_grads"))
 def _inverse_diagonal_from_grads(
     inv_diag: Tensor,
     grads: Tensor,
@@ -194,7 +194,7 @@ def _inverse_diagonal_from_grads(
     condition: Tensor,
     amplification: Tensor,
 ) -> None:
-    _kernel("inverse_from_grads")(
+    _kernel("inverse_from_grads", inv_diag)(
         _is_double(inv_diag),
         0,
         inv_diag.data_ptr(),

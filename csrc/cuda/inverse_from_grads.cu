@@ -1,0 +1,102 @@
+#include "gradients.cuh"
+#include "sweep.cuh"
+
+namespace ff {
+namespace cuda {
+namespace {
+
+template <class T>
+struct Args {
+    T* f_inv;     // or null, then
+    T* inv_diag;  // its diagonal
+    Gradients grads;
+    const int64_t* range;
+    int size;
+    T damping, factor, outside;  // outside: 1 / damping
+    Estimates estimates;
+};
+
+constexpr int ROWS = 8;  // gradients on chip at a time; as many are on their way
+
+// s <- the sum of g g^T over all gradients, restricted to the n weights at `start`.
+template <class Tl>
+__device__ void gram(Tile<Tl>& s, SweepShared<Tl>& shared, const Gradients& grads, int64_t start, int n, Team team) {
+    static_assert(ROWS <= Tl::N, "the bands of a sweep make room for the gradients");
+    const int column = team.rank;
+    const bool staging = column < Tl::tiles(n) * Tl::N;
+    GradientColumn<typename Tl::T, ROWS> next;
+    s.fill(0);
+    next.fetch(grads, 0, start + column, column < n);
+    if (staging) next.put(shared.band[0] + Tl::slot(column), Tl::PITCH, grads.dtype);
+    __syncthreads();
+    int side = 0;
+    for (int64_t row = 0; row < grads.rows; row += ROWS) {
+        next.fetch(grads, row + ROWS, start + column, column < n);
+        s.template add_outer<ROWS>(shared.band[side]);
+        side ^= 1;
+        if (staging) next.put(shared.band[side] + Tl::slot(column), Tl::PITCH, grads.dtype);
+        __syncthreads();
+    }
+}
+
+// What lies outside of [n, n] in a block [B, B].
+template <class T>
+__device__ void write_padding(T* block, int B, int n, Team team, T on_diagonal, bool usable) {
+    for (int i = 0; i < B; ++i)
+        for (int j = (i < n ? n : 0) + team.rank; j < B; j += team.size)
+            block[static_cast<int64_t>(i) * B + j] = usable ? (i == j ? on_diagonal : T(0)) : T(NAN);
+}
+
+template <class Tl>
+__global__ void __launch_bounds__(Tl::MAX_THREADS) kernel(Args<typename Tl::T> args) {
+    using T = typename Tl::T;
+    constexpr int N = Tl::N;
+    SweepShared<Tl>& shared = *shared_memory<SweepShared<Tl>>();
+    const int64_t b = blockIdx.x, start = args.range[2 * b];
+    const int n = static_cast<int>(args.range[2 * b + 1] - start), B = args.size, bands = Tl::tiles(n);
+    const Team team = {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+
+    Tile<Tl> s(team, n);
+    gram(s, shared, args.grads, start, n, team);
+    s.mirror();
+    s.scale(args.factor);
+    negate_and_scale(s, shared, n, args.damping, team);
+    __syncthreads();
+    invert(s, shared, n, bands, team);
+    const bool usable = estimate(s, shared, n, team, args.estimates.condition + b, args.estimates.amplification + b);
+    if (args.f_inv) {
+        T* const block = args.f_inv + b * B * B;
+        s.write(block, B, n, bands, team, shared.band[0], usable);
+        write_padding(block, B, n, team, args.outside, usable);
+    } else if (s.I != Tile<Tl>::NONE && s.on_diagonal()) {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (s.I * N + i < n) args.inv_diag[start + s.I * N + i] = usable ? s.a[i][i] : T(NAN);
+    }
+}
+
+}  // namespace
+
+template <class T>
+int inverse_from_grads(T* f_inv, T* inv_diag, Gradients grads, Blocks blocks, double num_grads, double damping,
+                       Estimates estimates, Where where) {
+    using Tl = Largest<T>;
+    if (blocks.size > Tl::MAX_B) return cudaErrorInvalidValue;
+    const int size = static_cast<int>(blocks.size);
+    const Args<T> args = {f_inv,
+                          inv_diag,
+                          grads,
+                          blocks.range,
+                          size,
+                          static_cast<T>(damping),
+                          static_cast<T>(1 / num_grads),
+                          static_cast<T>(1 / damping),
+                          estimates};
+    return launch(kernel<Tl>, blocks.count, Tl::launched(size), sizeof(SweepShared<Tl>), args, where);
+}
+
+template int inverse_from_grads(float*, float*, Gradients, Blocks, double, double, Estimates, Where);
+template int inverse_from_grads(double*, double*, Gradients, Blocks, double, double, Estimates, Where);
+
+}  // namespace cuda
+}  // namespace ff

@@ -1,0 +1,47 @@
+// The kernels on the emulated GPU as C functions, for emulated.py: arguments as in csrc/bindings.cpp.
+#include "cuda/kernels.h"
+#include "emulate.h"
+
+using ff::Blocks;
+using ff::DType;
+using ff::Gradients;
+using ff::cuda::Estimates;
+
+namespace {
+
+constexpr ff::cuda::Where HERE = {0, nullptr};
+
+}  // namespace
+
+extern "C" {
+
+void set_seed(uint32_t seed) { emulate::machine.seed = seed; }
+
+int spd_inverse(bool is_double, void* matrix, int64_t count, int64_t size, double damping, double* condition,
+                double* amplification) {
+    const Estimates estimates = {condition, amplification};
+    return is_double ? ff::cuda::spd_inverse(static_cast<double*>(matrix), count, size, damping, estimates, HERE)
+                     : ff::cuda::spd_inverse(static_cast<float*>(matrix), count, size, damping, estimates, HERE);
+}
+
+int inverse_from_grads(bool is_double, void* f_inv, void* inv_diag, const void* grads, int dtype, int64_t rows,
+                       int64_t row_stride, const int64_t* range, int64_t count, int64_t size, double num_grads,
+                       double damping, double* condition, double* amplification) {
+    const Gradients g = {grads, static_cast<DType>(dtype), rows, row_stride};
+    const Blocks blocks = {range, count, size};
+    const Estimates estimates = {condition, amplification};
+    return is_double ? ff::cuda::inverse_from_grads(static_cast<double*>(f_inv), static_cast<double*>(inv_diag), g,
+                                                    blocks, num_grads, damping, estimates, HERE)
+                     : ff::cuda::inverse_from_grads(static_cast<float*>(f_inv), static_cast<float*>(inv_diag), g,
+                                                    blocks, num_grads, damping, estimates, HERE);
+}
+
+int sherman_morrison(bool is_double, void* f_inv, const void* grads, int dtype, int64_t rows, int64_t row_stride,
+                     const int64_t* range, int64_t count, int64_t size, double num_grads) {
+    const Gradients g = {grads, static_cast<DType>(dtype), rows, row_stride};
+    const Blocks blocks = {range, count, size};
+    return is_double ? ff::cuda::sherman_morrison(static_cast<double*>(f_inv), g, blocks, num_grads, HERE)
+                     : ff::cuda::sherman_morrison(static_cast<float*>(f_inv), g, blocks, num_grads, HERE);
+}
+
+}  // extern "C"
