@@ -48,7 +48,7 @@ __device__ void write_padding(T* block, int B, int n, Team team, T on_diagonal, 
 }
 
 template <class Tl>
-__global__ void __launch_bounds__(Tl::MAX_THREADS) kernel(Args<typename Tl::T> args) {
+__global__ void __launch_bounds__(Tl::MAX_THREADS) inverse_from_grads_kernel(Args<typename Tl::T> args) {
     using T = typename Tl::T;
     constexpr int N = Tl::N;
     SweepShared<Tl>& shared = *shared_memory<SweepShared<Tl>>();
@@ -92,7 +92,8 @@ int inverse_from_grads(T* f_inv, T* inv_diag, Gradients grads, Blocks blocks, do
                           static_cast<T>(1 / num_grads),
                           static_cast<T>(1 / damping),
                           estimates};
-    return launch(kernel<Tl>, blocks.count, Tl::launched(size), sizeof(SweepShared<Tl>), args, where);
+    return launch(inverse_from_grads_kernel<Tl>, blocks.count, Tl::launched(size), sizeof(SweepShared<Tl>), args,
+                  where);
 }
 
 template int inverse_from_grads(float*, float*, Gradients, Blocks, double, double, Estimates, Where);

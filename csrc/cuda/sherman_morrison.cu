@@ -75,7 +75,7 @@ __device__ double multiply(const Tile<Tl>& s, Shared<Tl>& shared, const typename
 }
 
 template <class Tl>
-__global__ void __launch_bounds__(Tl::MAX_THREADS) kernel(Args<typename Tl::T> args) {
+__global__ void __launch_bounds__(Tl::MAX_THREADS) sherman_morrison_kernel(Args<typename Tl::T> args) {
     using T = typename Tl::T;
     constexpr int PACK = Tl::PACK;
     Shared<Tl>& shared = *shared_memory<Shared<Tl>>();
@@ -132,7 +132,7 @@ int sherman_morrison(T* f_inv, Gradients grads, Blocks blocks, double num_grads,
     if (blocks.size > Tl::MAX_B) return cudaErrorInvalidValue;
     const int size = static_cast<int>(blocks.size);
     const Args<T> args = {f_inv, grads, blocks.range, size, num_grads};
-    return launch(kernel<Tl>, blocks.count, Tl::launched(size), sizeof(Shared<Tl>), args, where);
+    return launch(sherman_morrison_kernel<Tl>, blocks.count, Tl::launched(size), sizeof(Shared<Tl>), args, where);
 }
 
 template int sherman_morrison(float*, Gradients, Blocks, double, Where);

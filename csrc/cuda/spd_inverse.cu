@@ -16,7 +16,8 @@ struct Args {
 constexpr int FULL = 128;  // threads that small blocks share
 
 template <class Tl>
-__global__ void __launch_bounds__(Tl::MAX_THREADS > FULL ? Tl::MAX_THREADS : FULL) kernel(Args<typename Tl::T> args) {
+__global__ void __launch_bounds__(Tl::MAX_THREADS > FULL ? Tl::MAX_THREADS : FULL)
+    spd_inverse_kernel(Args<typename Tl::T> args) {
     using Shared = SweepShared<Tl>;
     const int thread = static_cast<int>(threadIdx.x), slot = thread / args.threads_per_block;
     const int64_t b = static_cast<int64_t>(blockIdx.x) * args.blocks_per_cta + slot;
@@ -45,8 +46,8 @@ int launch_with(Args<typename Tl::T> args, Where where) {
     args.threads_per_block = threads;
     args.blocks_per_cta = sharing < fitting ? sharing : fitting;
     const int64_t grid = (args.count + args.blocks_per_cta - 1) / args.blocks_per_cta;
-    return launch(kernel<Tl>, grid, round_up(threads * args.blocks_per_cta, WARP), args.blocks_per_cta * sizeof(Shared),
-                  args, where);
+    return launch(spd_inverse_kernel<Tl>, grid, round_up(threads * args.blocks_per_cta, WARP),
+                  args.blocks_per_cta * sizeof(Shared), args, where);
 }
 
 int choose(Args<float> args, Where where) {

@@ -74,10 +74,14 @@ class Machine {
     std::vector<Site> sites;  // every barrier met so far
     int switched_off = -1;    // index of the one that is passed without waiting, or -1
     uint32_t seed = 1;
+    unsigned threads = 0;  // of a block of the last launch
+    size_t shared_bytes = 0;
 
     void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> kernel) {
         if (shared > sizeof ff::cuda::shared_bytes) stop("more shared memory than a block may have without permission");
         if (block.x > 1024 || block.x == 0 || grid.x == 0) stop("a launch of a size that no GPU takes");
+        threads = block.x;
+        shared_bytes = shared;
         random_.seed(seed);
         kernel_ = std::move(kernel);
         gridDim = grid;

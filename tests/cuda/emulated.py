@@ -78,6 +78,13 @@ def set_seed(seed: int) -> None:
     _library().set_seed(ctypes.c_uint32(seed))
 
 
+def last_launch() -> tuple[int, int]:
+    """Threads and bytes of shared memory of a thread block of the last launch."""
+    threads, shared = ctypes.c_int64(), ctypes.c_int64()
+    _library().last_launch(ctypes.byref(threads), ctypes.byref(shared))
+    return threads.value, shared.value
+
+
 def _call(name: str, *args: object) -> None:
     """Call a function of entry.cpp; tensors are handed over by address, None is a null pointer."""
 

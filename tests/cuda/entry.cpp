@@ -17,6 +17,11 @@ extern "C" {
 
 void set_seed(uint32_t seed) { emulate::machine.seed = seed; }
 
+void last_launch(int64_t* threads, int64_t* shared_bytes) {
+    *threads = emulate::machine.threads;
+    *shared_bytes = static_cast<int64_t>(emulate::machine.shared_bytes);
+}
+
 int spd_inverse(bool is_double, void* matrix, int64_t count, int64_t size, double damping, double* condition,
                 double* amplification) {
     const Estimates estimates = {condition, amplification};

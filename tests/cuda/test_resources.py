@@ -1,0 +1,126 @@
+"""What the compiled kernels take of a multiprocessor: nothing spills, and at least one thread block fits.
+
+The registers are those in the extension that was built here; how kernels are launched comes from the emulated GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda import emulated
+
+# Bytes of shared memory of a multiprocessor, by architecture; 64 Ki registers in 4 quarters, 64 warps and 32 blocks in
+# all of them, and 1 KiB of shared memory that the system keeps for every block.
+SHARED_MEMORY = {"80": 164 << 10, "90": 228 << 10, "100": 228 << 10}
+
+# The op, the dtype and the largest B of every way of cutting a block into tiles.
+Kernel = tuple[str, torch.dtype, int]
+KERNELS: list[Kernel] = [
+    *(("spd_inverse", torch.float32, B) for B in (16, 64, 128, 256)),
+    *(("spd_inverse", torch.float64, B) for B in (16, 64, 176)),
+    *((op, torch.float32, 256) for op in ("inverse_from_grads", "sherman_morrison")),
+    *((op, torch.float64, 176) for op in ("inverse_from_grads", "sherman_morrison")),
+]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Registers of a thread, and bytes of its stack and of what it spills."""
+
+    registers: int
+    stack: int
+    local: int
+
+
+def cuobjdump() -> str:
+    """The program that looks into the extension: the toolkit's, else the one that comes with triton."""
+    triton = importlib.util.find_spec("triton")
+    beside = (
+        Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
+    )
+    found = shutil.which("cuobjdump") or (str(beside) if beside and beside.is_file() else None)
+    if found is None:
+        pytest.skip("there is no cuobjdump, in a CUDA toolkit or in triton")
+    return found
+
+
+@pytest.fixture(scope="module")
+def usages() -> dict[tuple[str, Kernel], Usage]:
+    """What every kernel in the extension uses, by architecture and kernel."""
+    info = pytest.importorskip("fastfisher._build_info", reason="nothing was built here")
+    if info.CUDA_REASON:
+        pytest.skip(info.CUDA_REASON)
+    file = importlib.import_module("fastfisher._native").__file__
+    text = subprocess.run(
+        [cuobjdump(), "-res-usage", file], capture_output=True, text=True, check=True
+    ).stdout
+    found: dict[tuple[str, Kernel], Usage] = {}
+    arch = ""
+    for line in text.splitlines():
+        if line.startswith("arch = sm_"):
+            arch = line.removeprefix("arch = sm_")
+        elif name := re.search(r"\d+([a-z_]+)_kernelI\w+TilingI([fd])Li\d+ELi(\d+)E", line):
+            kernel = (name[1], torch.float32 if name[2] == "f" else torch.float64, int(name[3]))
+        elif numbers := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            found[arch, kernel] = Usage(*map(int, numbers.groups()))
+    return found
+
+
+def launch(op: str, dtype: torch.dtype, size: int) -> tuple[int, int]:
+    """Threads and shared bytes of a thread block for blocks of this size."""
+    if not emulated.available():
+        pytest.skip(str(emulated.missing()))
+    if op == "spd_inverse":
+        matrix = torch.eye(size, dtype=dtype).repeat(200 if size <= 16 else 1, 1, 1)
+        estimates = torch.empty(2, len(matrix), dtype=torch.float64)
+        emulated.spd_inverse_(matrix, 1.0, *estimates)
+    else:
+        state, grads = torch.eye(size, dtype=dtype)[None], torch.ones(1, size)
+        blocks = torch.tensor([[0, size]])
+        if op == "sherman_morrison":
+            emulated.sherman_morrison_(state, grads, blocks, 1)
+        else:
+            estimates = torch.empty(2, 1, dtype=torch.float64)
+            emulated.inverse_from_grads(state, grads, blocks, 1, 1.0, *estimates)
+    return emulated.last_launch()
+
+
+def blocks_resident(arch: str, registers: int, threads: int, shared: int) -> dict[str, int]:
+    """How many thread blocks a multiprocessor holds, by what limits it."""
+    warps = -(-threads // 32)
+    of_a_warp = -(-registers * 32 // 256) * 256
+    return {
+        "registers": 4 * (16384 // of_a_warp) // warps,
+        "shared memory": SHARED_MEMORY[arch] // (shared + 1024),
+        "warps": 64 // warps,
+        "blocks": 32,
+    }
+
+
+def test_nothing_spills_and_a_block_fits(usages: dict[tuple[str, Kernel], Usage]) -> None:
+    archs = sorted({arch for arch, _ in usages}, key=int)
+    assert {kernel for _, kernel in usages} == set(KERNELS)
+    print("\nsm   kernel              dtype    B    registers  threads  shared  blocks  warps  limited by")
+    for kernel in KERNELS:
+        threads, shared = launch(*kernel)
+        for arch in archs:
+            usage = usages[arch, kernel]
+            resident = blocks_resident(arch, usage.registers, threads, shared)
+            limit = min(resident, key=lambda name: resident[name])
+            blocks = resident[limit]
+            op, dtype, size = kernel
+            print(
+                f"{arch:<4} {op:<19} {str(dtype)[6:]:<8} {size:<4} {usage.registers:<10} {threads:<8} {shared:<7} "
+                f"{blocks:<7} {blocks * threads // 32:<6} {limit}"
+            )
+            assert usage.stack == usage.local == 0
+            assert blocks >= 1
