@@ -70,11 +70,15 @@ __device__ inline bool factor_tile(Tile<Tl>& s, typename Tl::T* factor) {
     return usable;
 }
 
-// Publishes what the sweep over the pivots of tile p needs.
+// Publishes what the sweep over the pivots of tile p needs: L, and the band, with an identity in place of F_pp because
+// solve_rows makes L^-T of it.
 template <class Tl>
 __device__ inline void prepare_sweep(Tile<Tl>& s, SweepShared<Tl>& shared, int p) {
-    s.publish(shared.band[0], p);
-    if (s.I == p && s.J == p && !factor_tile(s, shared.factor)) shared.failed = 1;
+    const bool pivots = s.I == p && s.J == p;
+    if (!pivots) s.publish(shared.band[0], p);
+    if (!pivots) return;  // not one condition with an else: nvcc then keeps the tile twice and spills
+    publish_tile<Tl>(shared.band[0], p, [](int i, int j) { return typename Tl::T(i == j); });
+    if (!factor_tile(s, shared.factor)) shared.failed = 1;
 }
 
 // The row of H of every row of the matrix.
@@ -83,10 +87,9 @@ __device__ inline void solve_rows(SweepShared<Tl>& shared, int n, int p, Team te
     using T = typename Tl::T;
     constexpr int N = Tl::N, UNIT = Tl::UNIT;
     for (int i = team.rank; i < n; i += team.size) {
-        const bool pivot = i / N == p;
-        T h[round_up(N, UNIT)];
+        T h[N];
 #pragma unroll
-        for (int k = 0; k < N; ++k) h[k] = pivot ? T(i % N == k) : Tile<Tl>::published(shared.band[0], p, k, i);
+        for (int k = 0; k < N; ++k) h[k] = Tile<Tl>::published(shared.band[0], p, k, i);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
 #pragma unroll

@@ -91,6 +91,22 @@ __device__ inline void store(typename Tl::T* vector, int I, const typename Tl::T
     for (int c = 0; c < Tl::PLANES; ++c) store_pack<Tl>(vector + c * Tl::PLANE + I * Tl::PACK, x, c);
 }
 
+// The place of a tile in a band <- element(i, j).
+template <class Tl, class Element>
+__device__ inline void publish_tile(typename Tl::T* tiles, int place, Element element) {
+    using P = Pack<typename Tl::T, Tl::UNIT>;
+#pragma unroll
+    for (int unit = 0; unit < Tl::N * Tl::N / Tl::UNIT; ++unit) {
+        P pack;
+#pragma unroll
+        for (int e = 0; e < Tl::UNIT; ++e) {
+            const int at = unit * Tl::UNIT + e;
+            pack.x[e] = element(at / Tl::N, at % Tl::N);
+        }
+        *reinterpret_cast<P*>(tiles + place * Tl::TILE + unit * Tl::UNIT) = pack;
+    }
+}
+
 __device__ inline float rough_reciprocal_root(float x) { return rsqrtf(x); }
 __device__ inline double rough_reciprocal_root(double x) { return rsqrt(x); }
 
@@ -199,14 +215,7 @@ struct Tile {
     // below it are columns, which is the same by symmetry.
     __device__ void publish(T* tiles, int band) const {
         if (I != band && J != band) return;
-        T* const to = tiles + (I == band ? J : I) * Tl::TILE;
-#pragma unroll
-        for (int unit = 0; unit < N * N / Tl::UNIT; ++unit) {
-            Pack<T, Tl::UNIT> pack;
-#pragma unroll
-            for (int e = 0; e < Tl::UNIT; ++e) pack.x[e] = a[(unit * Tl::UNIT + e) / N][(unit * Tl::UNIT + e) % N];
-            *reinterpret_cast<Pack<T, Tl::UNIT>*>(to + unit * Tl::UNIT) = pack;
-        }
+        publish_tile<Tl>(tiles, I == band ? J : I, [&](int i, int j) { return a[i][j]; });
     }
 
     // Element [band * N + i, j] of what was published.
@@ -227,7 +236,7 @@ struct Tile {
    private:
     template <int ROWS, bool LOWER>
     __device__ void add_outer_part(const T* vector) {
-#pragma unroll 1
+#pragma unroll(N <= 4 ? ROWS : 1)
         for (int k = 0; k < ROWS; ++k, vector += Tl::PITCH) {
             T x[N], y[N];
             load<Tl>(vector, I, x);

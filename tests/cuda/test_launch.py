@@ -1,0 +1,107 @@
+"""What the CUDA half of the native backend takes, why it refuses the rest, and that its calls fit the extension."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastfisher.kernels import cuda, native
+
+
+class OnGpu(Tensor):
+    """A CPU tensor that says it lies on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def arguments(op: str, size: int, dtype: torch.dtype = torch.float32) -> list[object]:
+    """One block of this size, as the schema of the op lists its arguments."""
+    state, grads = torch.eye(size, dtype=dtype)[None].as_subclass(OnGpu), torch.ones(1, size)
+    blocks, estimates = torch.tensor([[0, size]]), torch.zeros(2, 1, dtype=torch.float64)
+    return {
+        "spd_inverse_": [state, 0.1, *estimates],
+        "sherman_morrison_": [state, grads, blocks, 1],
+        "inverse_from_grads": [state, grads, blocks, 1, 0.1, *estimates],
+        "inverse_diagonal_from_grads": [state[0, 0], grads, blocks, size, 1, 0.1, *estimates],
+    }[op]
+
+
+OPS = tuple(cuda.BLOCK_SIZE)
+STREAMING = OPS[1:]
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A build for two architectures, on a GPU of the older one."""
+    monkeypatch.setattr(cuda, "_native", SimpleNamespace(cuda_spd_inverse=None))
+    monkeypatch.setattr(cuda, "_build_info", SimpleNamespace(CUDA_REASON="", CUDA_ARCHS=("80", "90a")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    cuda._device_reason.cache_clear()
+    yield
+    cuda._device_reason.cache_clear()
+
+
+@pytest.mark.usefixtures("capability")
+def test_sizes_that_fit() -> None:
+    for op in OPS:
+        for dtype, size in ((torch.float32, 256), (torch.float64, 176), (torch.float32, 129)):
+            assert cuda.why_not(op, *arguments(op, size, dtype)) is None
+        for dtype, size in ((torch.float32, 256), (torch.float64, 176)):
+            reason = cuda.why_not(op, *arguments(op, size + 1, dtype))
+            name = str(dtype).removeprefix("torch.")
+            assert reason == f"a block of {name} fits on chip up to B = {size}, got {size + 1}"
+    assert cuda.why_not("spd_inverse_", *arguments("spd_inverse_", 1)) is None
+    for op in STREAMING:
+        assert cuda.why_not(op, *arguments(op, 128)) == "it is for B > 128, got 128"
+
+
+@pytest.mark.usefixtures("capability")
+def test_older_and_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments("spd_inverse_", 20)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    reason = "it was built for compute capability 8.0, this GPU has 7.5"
+    assert cuda.why_not("spd_inverse_", *args) == reason
+    cuda._device_reason.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert cuda.why_not("spd_inverse_", *args) == "it runs on GPUs of NVIDIA"
+
+
+@pytest.mark.usefixtures("capability")
+def test_a_build_without_cuda_repeats_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_native", SimpleNamespace())
+    monkeypatch.setattr(cuda, "_build_info", SimpleNamespace(CUDA_REASON="no CUDA toolkit was found"))
+    reason = "the extension has no CUDA kernels (no CUDA toolkit was found)"
+    assert cuda.build_reason() == cuda.why_not("spd_inverse_", *arguments("spd_inverse_", 20)) == reason
+    monkeypatch.setattr(cuda, "_build_info", None)
+    assert cuda.build_reason() == "the extension has no CUDA kernels (it is missing or of an older build)"
+
+
+def test_gpu_tensors_are_judged_by_the_cuda_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "why_not", lambda op, *args: f"asked for {op}")
+    for op in OPS:
+        assert native._also_on_gpu(op)(*arguments(op, 200)) == f"asked for {op}"
+    assert native._also_on_gpu("spd_inverse_")(torch.eye(3)[None], 0.1) == native.why_not()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be handed addresses of the CPU")
+@pytest.mark.parametrize("op", OPS)
+def test_calls_fit_the_extension(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cuda.build_reason():
+        pytest.skip(cuda.build_reason())
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(device_index=0, cuda_stream=0)
+    )
+    functions = {
+        "spd_inverse_": native._spd_inverse,
+        "sherman_morrison_": native._sherman_morrison,
+        "inverse_from_grads": native._inverse_from_grads,
+        "inverse_diagonal_from_grads": native._inverse_diagonal_from_grads,
+    }
+    # Arguments of the wrong kind would raise a TypeError; what is missing here is only the driver.
+    with pytest.raises(RuntimeError, match="CUDA: "):
+        functions[op](*arguments(op, 150))
