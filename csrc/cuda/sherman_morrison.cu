@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(Tl::MAX_THREADS) sherman_morrison_kernel(Args<
         next.put(shared.gradients[0] + Tl::slot(column), Tl::PITCH, args.grads.dtype);
         shared.u[slot] = 0;
     }
+    if (team.rank < Tl::MAX_THREADS / WARP) shared.dots[team.rank] = 0;  // there may be fewer warps
     __syncthreads();
     for (int64_t row = 0; row < args.grads.rows; ++row) {
         const int r = static_cast<int>(row % ROWS), side = static_cast<int>(row / ROWS % 2);
@@ -110,10 +111,13 @@ __global__ void __launch_bounds__(Tl::MAX_THREADS) sherman_morrison_kernel(Args<
         if (team.rank % WARP == 0) shared.dots[team.rank / WARP] = dot;
         __syncthreads();
         if (sums) {
-            double denominator = args.num_grads;
-            for (int warp = 0; warp < team.size / WARP; ++warp) denominator -= shared.dots[warp];
+            const T* const products = shared.products + Shared<Tl>::place(plane, I, 0) + e;
             T v = 0;
-            for (int K = 0; K < tiles; ++K) v += shared.products[Shared<Tl>::place(plane, I, K) + e];
+#pragma unroll(Tl::EDGE / 2)
+            for (int K = 0; K < tiles; ++K) v += products[K * PACK];
+            double denominator = args.num_grads;
+#pragma unroll
+            for (int warp = 0; warp < Tl::MAX_THREADS / WARP; ++warp) denominator -= shared.dots[warp];
             shared.u[slot] = v * reciprocal_root(static_cast<T>(denominator));
             if (r == ROWS - 1) next.put(shared.gradients[1 - side] + Tl::slot(column), Tl::PITCH, args.grads.dtype);
         }

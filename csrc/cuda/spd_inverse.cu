@@ -50,15 +50,15 @@ int launch_with(Args<typename Tl::T> args, Where where) {
                   args.blocks_per_cta * sizeof(Shared), args, where);
 }
 
+// Large tiles spend the fewest instructions on a block; small ones keep more threads busy where blocks are small.
 int choose(Args<float> args, Where where) {
-    if (args.size <= 16) return launch_with<Tiling<float, 2, 16, false>>(args, where);
-    if (args.size <= 64) return launch_with<Tiling<float, 4, 64, false>>(args, where);
+    if (args.size <= 16) return launch_with<Tiling<float, 4, 16, false>>(args, where);
+    if (args.size <= 64) return launch_with<Tiling<float, 8, 64, false>>(args, where);
     if (args.size <= 128) return launch_with<Tiling<float, 8, 128, true>>(args, where);
     return launch_with<Largest<float>>(args, where);
 }
 
 int choose(Args<double> args, Where where) {
-    if (args.size <= 16) return launch_with<Tiling<double, 2, 16, false>>(args, where);
     if (args.size <= 64) return launch_with<Tiling<double, 4, 64, false>>(args, where);
     return launch_with<Largest<double>>(args, where);
 }

@@ -16,7 +16,7 @@
 namespace ff {
 namespace cuda {
 
-constexpr int SUMMING = 16;  // threads that sum up the squares of the others
+constexpr int SUMMING = 8;  // threads that sum up the squares of the others
 
 // L lies by columns, the reciprocals of the diagonal in place of it, in whole units of 16 bytes.
 template <class Tl>

@@ -26,10 +26,8 @@ struct Tiling {
     static constexpr int PACK = (N % 4 == 0 && sizeof(T) == 4) ? 4 : 2;
     static constexpr int PLANES = N / PACK;
     // A vector lies in memory as PLANES planes: plane c holds pack c of each tile, one tile after the other, so that
-    // threads with consecutive tiles load without bank conflicts. The room of a plane is widened until consecutive
-    // elements, which lie in different planes, fall into different banks too.
-    static constexpr int WIDENED = PLANES == 2 ? (4 - EDGE) & 7 : PLANES == 4 ? (2 - EDGE) & 3 : 0;
-    static constexpr int PLANE = (EDGE + WIDENED) * PACK;
+    // threads with consecutive tiles load without bank conflicts.
+    static constexpr int PLANE = EDGE * PACK;
     static constexpr int PITCH = PLANE * PLANES;
     // A tile lies in memory row by row, and takes an odd number of 16-byte units, so that threads with consecutive
     // tiles store without bank conflicts.

@@ -15,6 +15,7 @@ void take_away(Op op, const Problem& p) {
     const Run<T> run(op, p);
     machine.sites.clear();
     const Output<T> want = run();
+    run.judge(want);
     ++kernels;
     for (size_t site = 0; site < machine.sites.size(); ++site) {
         machine.switched_off = static_cast<int>(site);

@@ -26,7 +26,7 @@ SHARED_MEMORY = {"80": 164 << 10, "90": 228 << 10, "100": 228 << 10}
 Kernel = tuple[str, torch.dtype, int]
 KERNELS: list[Kernel] = [
     *(("spd_inverse", torch.float32, B) for B in (16, 64, 128, 256)),
-    *(("spd_inverse", torch.float64, B) for B in (16, 64, 176)),
+    *(("spd_inverse", torch.float64, B) for B in (64, 176)),
     *((op, torch.float32, 256) for op in ("inverse_from_grads", "sherman_morrison")),
     *((op, torch.float64, 176) for op in ("inverse_from_grads", "sherman_morrison")),
 ]
