@@ -1,3 +1,17 @@
+// f_inv [K, B, B] <- f_inv - v v^T / (m + g.v), v = f_inv g, for every gradient in turn, for blocks of more than 128
+// weights: a block stays in registers (tile.cuh), as its negative S, while the gradients stream past.
+//
+// Each step adds u u^T of the gradient before and multiplies S by the next one. A tile adds to the entries of S g in
+// its rows and, for the upper triangle, in its columns; these parts are summed up through shared memory in a fixed
+// order, by one thread for each entry, which also scales it: u = v (m + g.v)^-1/2, one factor for both sides.
+//
+// Floor: 3 B^2 / 2 multiply-adds for each gradient, 128 a cycle and multiprocessor on sm_90 and sm_100: 768 cycles at
+// B = 256. Packed in shared memory instead, which does hold the block, S is read and written there in every step: 2,055
+// cycles. Predicted from the instructions of sm_90, for no GPU was at hand: 1,550 cycles, of which 400 wait for the
+// sums.
+//
+// Triton does not get there: with both triangles and padded to 256 a block fills all registers, so that it has to be
+// read and written for every gradient, or for every few of them, through the second-level cache.
 #include "gradients.cuh"
 
 namespace ff {

@@ -1,3 +1,14 @@
+// matrix [K, B, B] <- (M + damping I)^-1 from the lower triangle of M, with the two estimates; a block is read once,
+// swept in registers (sweep.cuh) and written once.
+//
+// Floor: B^3 / 2 multiply-adds, 128 a cycle and multiprocessor on sm_90 and sm_100, and 6 B^2 bytes in float32 (half of
+// the block read, all of it written), about 15 a cycle on an H100. The multiply-adds decide from B = 106 on.
+// Predicted from the instructions of sm_90, for no GPU was at hand; cycles of a multiprocessor for one block, and the
+// share of the floor: B = 50: 2,600, 40 %; B = 64: 3,900, 43 %; B = 128: 22,000, 38 %; B = 256: 144,000, 45 %.
+// The inner loop is 86 % multiply-adds; the rest goes to publishing bands, to barriers and, for small B, to the pivots.
+//
+// Triton does not get there: it cannot address a register, so that taking a column out of a block costs as much as a
+// rank-one term; it computes both triangles, pads B to a power of two, and a block of 256 fills all registers.
 #include "sweep.cuh"
 
 namespace ff {
@@ -16,8 +27,11 @@ struct Args {
 constexpr int FULL = 128;  // threads that small blocks share
 
 template <class Tl>
-__global__ void __launch_bounds__(Tl::MAX_THREADS > FULL ? Tl::MAX_THREADS : FULL)
-    spd_inverse_kernel(Args<typename Tl::T> args) {
+constexpr int THREADS = Tl::MAX_THREADS > FULL ? Tl::MAX_THREADS : FULL;
+
+// RESIDENT: thread blocks that are to fit on a multiprocessor.
+template <class Tl, int RESIDENT>
+__global__ void __launch_bounds__(THREADS<Tl>, RESIDENT) spd_inverse_kernel(Args<typename Tl::T> args) {
     using Shared = SweepShared<Tl>;
     const int thread = static_cast<int>(threadIdx.x), slot = thread / args.threads_per_block;
     const int64_t b = static_cast<int64_t>(blockIdx.x) * args.blocks_per_cta + slot;
@@ -36,7 +50,7 @@ __global__ void __launch_bounds__(Tl::MAX_THREADS > FULL ? Tl::MAX_THREADS : FUL
     s.write(matrix, B, n, bands, team, shared.band[0], usable);
 }
 
-template <class Tl>
+template <class Tl, int RESIDENT>
 int launch_with(Args<typename Tl::T> args, Where where) {
     using Shared = SweepShared<Tl>;
     constexpr int ROOM = 48 << 10;  // bytes of shared memory that need no permission
@@ -46,21 +60,21 @@ int launch_with(Args<typename Tl::T> args, Where where) {
     args.threads_per_block = threads;
     args.blocks_per_cta = sharing < fitting ? sharing : fitting;
     const int64_t grid = (args.count + args.blocks_per_cta - 1) / args.blocks_per_cta;
-    return launch(spd_inverse_kernel<Tl>, grid, round_up(threads * args.blocks_per_cta, WARP),
+    return launch(spd_inverse_kernel<Tl, RESIDENT>, grid, round_up(threads * args.blocks_per_cta, WARP),
                   args.blocks_per_cta * sizeof(Shared), args, where);
 }
 
 // Large tiles spend the fewest instructions on a block; small ones keep more threads busy where blocks are small.
 int choose(Args<float> args, Where where) {
-    if (args.size <= 16) return launch_with<Tiling<float, 4, 16, false>>(args, where);
-    if (args.size <= 64) return launch_with<Tiling<float, 8, 64, false>>(args, where);
-    if (args.size <= 128) return launch_with<Tiling<float, 8, 128, true>>(args, where);
-    return launch_with<Largest<float>>(args, where);
+    if (args.size <= 16) return launch_with<Tiling<float, 4, 16, false>, 7>(args, where);
+    if (args.size <= 64) return launch_with<Tiling<float, 8, 64, false>, 4>(args, where);
+    if (args.size <= 128) return launch_with<Tiling<float, 8, 128, true>, 3>(args, where);
+    return launch_with<Largest<float>, 1>(args, where);
 }
 
 int choose(Args<double> args, Where where) {
-    if (args.size <= 64) return launch_with<Tiling<double, 4, 64, false>>(args, where);
-    return launch_with<Largest<double>>(args, where);
+    if (args.size <= 64) return launch_with<Tiling<double, 4, 64, false>, 3>(args, where);
+    return launch_with<Largest<double>, 1>(args, where);
 }
 
 }  // namespace

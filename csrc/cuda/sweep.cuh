@@ -87,9 +87,10 @@ __device__ inline void solve_rows(SweepShared<Tl>& shared, int n, int p, Team te
     using T = typename Tl::T;
     constexpr int N = Tl::N, UNIT = Tl::UNIT;
     for (int i = team.rank; i < n; i += team.size) {
+        const auto row = Tile<Tl>::published(shared.band[0], p, i);
         T h[N];
 #pragma unroll
-        for (int k = 0; k < N; ++k) h[k] = Tile<Tl>::published(shared.band[0], p, k, i);
+        for (int k = 0; k < N; ++k) h[k] = row[k];
 #pragma unroll
         for (int k = 0; k < N; ++k) {
 #pragma unroll

@@ -203,9 +203,13 @@ struct Tile {
             T* const tiles = room + (band & 1) * Tl::BAND;
             publish(tiles, band);
             __syncthreads();
-            for (int i = 0; i < N && band * N + i < n; ++i)
-                for (int j = team.rank; j < n; j += team.size)
-                    matrix[(band * N + i) * ld + j] = valid ? published(tiles, band, i, j) : T(NAN);
+            for (int j = team.rank; j < n; j += team.size) {
+                const Column column = published(tiles, band, j);
+                T* const to = matrix + band * N * ld + j;
+#pragma unroll
+                for (int i = 0; i < N; ++i)
+                    if (band * N + i < n) to[i * ld] = valid ? column[i] : T(NAN);
+            }
         }
     }
 
@@ -216,10 +220,15 @@ struct Tile {
         publish_tile<Tl>(tiles, I == band ? J : I, [&](int i, int j) { return a[i][j]; });
     }
 
-    // Element [band * N + i, j] of what was published.
-    static __device__ T published(const T* tiles, int band, int i, int j) {
-        const int tile = j / N, e = j % N;
-        return tiles[tile * Tl::TILE + (tile <= band ? i * N + e : e * N + i)];
+    // What was published in column j of the matrix: rows band * N .. of it.
+    struct Column {
+        const T* first;
+        int step;
+        __device__ T operator[](int i) const { return first[i * step]; }
+    };
+    static __device__ Column published(const T* tiles, int band, int j) {
+        const T* const tile = tiles + j / N * Tl::TILE;
+        return j / N <= band ? Column{tile + j % N, N} : Column{tile + j % N * N, 1};
     }
 
     // a += x y^T.

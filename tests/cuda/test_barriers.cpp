@@ -34,7 +34,7 @@ void take_away(Op op, const Problem& p) {
 
 int main() {
     // One size of block for each way of cutting it into tiles; the gradients fill their room on chip more than twice.
-    for (const int64_t B : {12, 40, 100, 140}) {
+    for (const int64_t B : {16, 40, 100, 140}) {
         Problem p = check::make_problem(B, 2 * B - 3, 19);
         p.seed = static_cast<uint32_t>(B);
         take_away<float>(Op::spd_inverse, p);
