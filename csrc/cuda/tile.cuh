@@ -22,6 +22,7 @@ struct Tiling {
     static constexpr int N = N_, MAX_B = MAX_B_;
     static constexpr bool DIAGONAL_WARP = DIAGONAL_WARP_;
     static constexpr int EDGE = (MAX_B + N - 1) / N;  // tiles along the edge of the largest matrix
+    static_assert(!DIAGONAL_WARP || EDGE <= WARP, "the diagonal does not fit a warp");
     // Elements of a vector that are loaded at once: the largest power of two that divides N and fits 16 bytes.
     static constexpr int PACK = (N % 4 == 0 && sizeof(T) == 4) ? 4 : 2;
     static constexpr int PLANES = N / PACK;
