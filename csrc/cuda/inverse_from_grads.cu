@@ -3,8 +3,8 @@
 //
 // Floor: (m B^2 + B^3) / 2 multiply-adds, 128 a cycle and multiprocessor on sm_90 and sm_100; next to them the m B
 // gradients and the B^2 results hardly count.
-// Predicted from the instructions of sm_90, for no GPU was at hand: 386 cycles for each gradient of a block of 256, 66
-// % of the floor, and 133,000 for the inverse; 59 % of the floor at m = 512.
+// Predicted from the instructions of sm_90, for no GPU was at hand: 410 cycles for each gradient of a block of 256, 62 %
+// of the floor, and 133,000 for the inverse; 57 % of the floor at m = 512.
 //
 // Triton does not get there: a Gram matrix [256, 256] with both triangles fills all registers of a multiprocessor, so
 // it must be summed up in parts, written, and read again to be inverted. Its matrix units would sum faster than this
@@ -27,25 +27,50 @@ struct Args {
     Estimates estimates;
 };
 
-constexpr int ROWS = 8;  // gradients on chip at a time; as many are on their way
+constexpr int ROWS = 8;        // gradients on chip at a time; as many are on their way
+constexpr int TOGETHER = 128;  // gradients summed up in one go
 
-// s <- the sum of g g^T over all gradients, restricted to the n weights at `start`.
+// Shared memory while gradients are summed up; the sweep has it afterwards.
 template <class Tl>
-__device__ void gram(Tile<Tl>& s, SweepShared<Tl>& shared, const Gradients& grads, int64_t start, int n, Team team) {
-    static_assert(ROWS <= Tl::N, "the bands of a sweep make room for the gradients");
+struct GramShared {
+    using T = typename Tl::T;
+    T gradients[2][ROWS * Tl::PITCH];
+    T sums[1];  // of the gradients before, tile by tile as publish_tile leaves them; there only if they are needed
+
+    static constexpr int tiles(int size) { return Tl::tiles(size) * (Tl::tiles(size) + 1) / 2; }
+    static constexpr size_t bytes(int size, int64_t rows) {
+        const size_t sums = rows > TOGETHER ? tiles(size) * Tl::TILE * sizeof(T) : 0;
+        return sizeof gradients + sums;
+    }
+};
+
+// s <- the sum of g g^T over all gradients, restricted to the n weights at `start`. One running sum over thousands of
+// gradients would lose digits to its own size; so every TOGETHER of them are summed up on their own, and added to the
+// sum before, which waits in shared memory.
+template <class Tl>
+__device__ void gram(Tile<Tl>& s, GramShared<Tl>& shared, const Gradients& grads, int64_t start, int n, Team team) {
     const int column = team.rank;
     const bool staging = column < Tl::tiles(n) * Tl::N;
+    const int place = s.I * (s.I + 1) / 2 + s.J;
     GradientColumn<typename Tl::T, ROWS> next;
     s.fill(0);
     next.fetch(grads, 0, start + column, column < n);
-    if (staging) next.put(shared.band[0] + Tl::slot(column), Tl::PITCH, grads.dtype);
+    if (staging) next.put(shared.gradients[0] + Tl::slot(column), Tl::PITCH, grads.dtype);
     __syncthreads();
     int side = 0;
     for (int64_t row = 0; row < grads.rows; row += ROWS) {
-        next.fetch(grads, row + ROWS, start + column, column < n);
-        s.template add_outer<ROWS>(shared.band[side]);
+        const int64_t done = row + ROWS;
+        next.fetch(grads, done, start + column, column < n);
+        s.template add_outer<ROWS>(shared.gradients[side]);
         side ^= 1;
-        if (staging) next.put(shared.band[side] + Tl::slot(column), Tl::PITCH, grads.dtype);
+        if (staging) next.put(shared.gradients[side] + Tl::slot(column), Tl::PITCH, grads.dtype);
+        if (s.I != Tile<Tl>::NONE && (done % TOGETHER == 0 || done >= grads.rows)) {
+            if (done > TOGETHER) s.add_tile(shared.sums, place);
+            if (done < grads.rows) {
+                publish_tile<Tl>(shared.sums, place, [&](int i, int j) { return s.a[i][j]; });
+                s.fill(0);
+            }
+        }
         __syncthreads();
     }
 }
@@ -68,7 +93,7 @@ __global__ void __launch_bounds__(Tl::MAX_THREADS) inverse_from_grads_kernel(Arg
     const Team team = {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
 
     Tile<Tl> s(team, n);
-    gram(s, shared, args.grads, start, n, team);
+    gram(s, *shared_memory<GramShared<Tl>>(), args.grads, start, n, team);
     s.mirror();
     s.scale(args.factor);
     negate_and_scale(s, shared, n, args.damping, team);
@@ -103,8 +128,9 @@ int inverse_from_grads(T* f_inv, T* inv_diag, Gradients grads, Blocks blocks, do
                           static_cast<T>(1 / num_grads),
                           static_cast<T>(1 / damping),
                           estimates};
-    return launch(inverse_from_grads_kernel<Tl>, blocks.count, Tl::launched(size), sizeof(SweepShared<Tl>), args,
-                  where);
+    const size_t bytes = GramShared<Tl>::bytes(size, grads.rows);
+    return launch(inverse_from_grads_kernel<Tl>, blocks.count, Tl::launched(size),
+                  bytes > sizeof(SweepShared<Tl>) ? bytes : sizeof(SweepShared<Tl>), args, where);
 }
 
 template int inverse_from_grads(float*, float*, Gradients, Blocks, double, double, Estimates, Where);

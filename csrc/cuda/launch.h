@@ -29,10 +29,17 @@ class OnDevice {
     cudaError_t error_;
 };
 
+constexpr size_t FREE_SHARED_MEMORY = 48 << 10;  // a thread block has to be permitted more than these bytes
+
 template <class Args>
 int launch(void (*kernel)(Args), int64_t grid, int threads, size_t shared_bytes, Args args, Where where) {
     const OnDevice on_device(where.device);
     if (on_device.error() != cudaSuccess) return on_device.error();
+    if (shared_bytes > FREE_SHARED_MEMORY) {
+        const cudaError_t error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        if (error != cudaSuccess) return error;
+    }
     void* list[] = {&args};
     return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(threads)), list,
                             shared_bytes, static_cast<cudaStream_t>(where.stream));

@@ -53,9 +53,8 @@ __global__ void __launch_bounds__(THREADS<Tl>, RESIDENT) spd_inverse_kernel(Args
 template <class Tl, int RESIDENT>
 int launch_with(Args<typename Tl::T> args, Where where) {
     using Shared = SweepShared<Tl>;
-    constexpr int ROOM = 48 << 10;  // bytes of shared memory that need no permission
-    static_assert(sizeof(Shared) <= ROOM, "a block does not fit");
-    const int fitting = ROOM / static_cast<int>(sizeof(Shared)), threads = Tl::threads(args.size);
+    static_assert(sizeof(Shared) <= FREE_SHARED_MEMORY, "a block does not fit");
+    const int fitting = static_cast<int>(FREE_SHARED_MEMORY / sizeof(Shared)), threads = Tl::threads(args.size);
     const int sharing = threads < FULL ? FULL / threads : 1;
     args.threads_per_block = threads;
     args.blocks_per_cta = sharing < fitting ? sharing : fitting;

@@ -221,6 +221,17 @@ struct Tile {
         publish_tile<Tl>(tiles, I == band ? J : I, [&](int i, int j) { return a[i][j]; });
     }
 
+    // a += the tile at `place` of a band.
+    __device__ void add_tile(const T* tiles, int place) {
+#pragma unroll
+        for (int unit = 0; unit < N * N / Tl::UNIT; ++unit) {
+            using P = Pack<T, Tl::UNIT>;
+            const P pack = *reinterpret_cast<const P*>(tiles + place * Tl::TILE + unit * Tl::UNIT);
+#pragma unroll
+            for (int e = 0; e < Tl::UNIT; ++e) a[(unit * Tl::UNIT + e) / N][(unit * Tl::UNIT + e) % N] += pack.x[e];
+        }
+    }
+
     // What was published in column j of the matrix: rows band * N .. of it.
     struct Column {
         const T* first;

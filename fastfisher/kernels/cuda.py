@@ -21,6 +21,9 @@ BLOCK_SIZE: dict[str, Callable[..., int]] = {
     "inverse_diagonal_from_grads": lambda inv_diag, grads, blocks, block_size, *_: block_size,
 }
 LARGEST = {torch.float32: 256, torch.float64: 176}  # ff::cuda::LARGEST_BLOCK
+SUMS_BYTES = (
+    160 << 10
+)  # shared memory of a multiprocessor that lets a block keep its sums of many gradients there
 LEFT_TO_TRITON = 128  # up to this B its kernels of the streaming ops hold a block on chip as well
 
 
@@ -60,6 +63,13 @@ def _device_reason(device: torch.device) -> str | None:
     return None
 
 
+def _sums_reason(device: torch.device) -> str | None:
+    has = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    if has >= SUMS_BYTES:
+        return None
+    return f"it takes {SUMS_BYTES >> 10} KiB of shared memory, a multiprocessor of this GPU has {has >> 10}"
+
+
 def too_large(op: str, *args: object) -> str | None:
     """Why a block of this call does not fit on chip, or None."""
     dtype, block_size = args[0].dtype, BLOCK_SIZE[op](*args)  # type: ignore[attr-defined]
@@ -73,7 +83,9 @@ def why_not(op: str, *args: object) -> str | None:
     """None when the kernel of an op can run on these arguments, which lie on a GPU, else the reason."""
     if op != "spd_inverse_" and BLOCK_SIZE[op](*args) <= LEFT_TO_TRITON:
         return f"it is for B > {LEFT_TO_TRITON}, got {BLOCK_SIZE[op](*args)}"
-    return too_large(op, *args) or _device_reason(args[0].device)  # type: ignore[attr-defined]
+    device = args[0].device  # type: ignore[attr-defined]
+    reason = too_large(op, *args) or _device_reason(device)
+    return reason or (_sums_reason(device) if op.startswith("inverse_") else None)
 
 
 def kernel(name: str, device: torch.device) -> Callable[..., None]:

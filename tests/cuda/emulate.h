@@ -44,6 +44,7 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaStream_t = void*;
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline const char* cudaGetErrorString(cudaError_t code) { return code == cudaSuccess ? "no error" : "invalid value"; }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
@@ -51,7 +52,7 @@ inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 
 namespace ff {
 namespace cuda {
-__align__(16) inline unsigned char shared_bytes[48 << 10];
+__align__(16) inline unsigned char shared_bytes[163 << 10];  // what a block of sm_80 may have
 }
 }  // namespace ff
 
@@ -74,12 +75,14 @@ class Machine {
     std::vector<Site> sites;  // every barrier met so far
     int switched_off = -1;    // index of the one that is passed without waiting, or -1
     uint32_t seed = 1;
-    unsigned threads = 0;  // of a block of the last launch
+    size_t permitted = 48 << 10;  // bytes of shared memory that the next launch may ask for
+    unsigned threads = 0;         // of a block of the last launch
     size_t shared_bytes = 0;
 
     void launch(dim3 grid, dim3 block, size_t shared, std::function<void()> kernel) {
-        if (shared > sizeof ff::cuda::shared_bytes) stop("more shared memory than a block may have without permission");
+        if (shared > permitted) stop("more shared memory than a block may have without permission");
         if (block.x > 1024 || block.x == 0 || grid.x == 0) stop("a launch of a size that no GPU takes");
+        permitted = 48 << 10;
         threads = block.x;
         shared_bytes = shared;
         random_.seed(seed);
@@ -250,6 +253,13 @@ void call(void (*kernel)(P...), void** args, std::index_sequence<I...>) {
 template <class... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** args, size_t shared, cudaStream_t) {
     emulate::machine.launch(grid, block, shared, [=] { emulate::call(kernel, args, std::index_sequence_for<P...>()); });
+    return cudaSuccess;
+}
+
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute, int bytes) {
+    if (bytes > static_cast<int>(sizeof ff::cuda::shared_bytes)) return cudaErrorInvalidValue;
+    emulate::machine.permitted = static_cast<size_t>(bytes);
     return cudaSuccess;
 }
 

@@ -40,6 +40,11 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(cuda, "_native", SimpleNamespace(cuda_spd_inverse=None))
     monkeypatch.setattr(cuda, "_build_info", SimpleNamespace(CUDA_REASON="", CUDA_ARCHS=("80", "90a")))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(shared_memory_per_multiprocessor=164 << 10),
+    )
     monkeypatch.setattr(torch.version, "hip", None)
     cuda._device_reason.cache_clear()
     yield
@@ -58,6 +63,19 @@ def test_sizes_that_fit() -> None:
     assert cuda.why_not("spd_inverse_", *arguments("spd_inverse_", 1)) is None
     for op in STREAMING:
         assert cuda.why_not(op, *arguments(op, 128)) == "it is for B > 128, got 128"
+
+
+@pytest.mark.usefixtures("capability")
+def test_sums_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(shared_memory_per_multiprocessor=100 << 10),
+    )
+    for op in ("inverse_from_grads", "inverse_diagonal_from_grads"):
+        reason = cuda.why_not(op, *arguments(op, 200))
+        assert reason == "it takes 160 KiB of shared memory, a multiprocessor of this GPU has 100"
+    assert cuda.why_not("sherman_morrison_", *arguments("sherman_morrison_", 200)) is None
 
 
 @pytest.mark.usefixtures("capability")

@@ -76,7 +76,7 @@ def usages() -> dict[tuple[str, Kernel], Usage]:
 
 
 def launch(op: str, dtype: torch.dtype, size: int) -> tuple[int, int]:
-    """Threads and shared bytes of a thread block for blocks of this size."""
+    """Threads and shared bytes of a thread block, for blocks of this size and more gradients than are summed at once."""
     if not emulated.available():
         pytest.skip(str(emulated.missing()))
     if op == "spd_inverse":
@@ -84,13 +84,13 @@ def launch(op: str, dtype: torch.dtype, size: int) -> tuple[int, int]:
         estimates = torch.empty(2, len(matrix), dtype=torch.float64)
         emulated.spd_inverse_(matrix, 1.0, *estimates)
     else:
-        state, grads = torch.eye(size, dtype=dtype)[None], torch.ones(1, size)
+        state, grads = torch.eye(size, dtype=dtype)[None], torch.ones(129, size)
         blocks = torch.tensor([[0, size]])
         if op == "sherman_morrison":
-            emulated.sherman_morrison_(state, grads, blocks, 1)
+            emulated.sherman_morrison_(state, grads, blocks, 129)
         else:
             estimates = torch.empty(2, 1, dtype=torch.float64)
-            emulated.inverse_from_grads(state, grads, blocks, 1, 1.0, *estimates)
+            emulated.inverse_from_grads(state, grads, blocks, 129, 1.0, *estimates)
     return emulated.last_launch()
 
 
