@@ -3,8 +3,8 @@
 //
 // Floor: (m B^2 + B^3) / 2 multiply-adds, 128 a cycle and multiprocessor on sm_90 and sm_100; next to them the m B
 // gradients and the B^2 results hardly count.
-// Predicted from the instructions of sm_90, for no GPU was at hand: 410 cycles for each gradient of a block of 256, 62 %
-// of the floor, and 133,000 for the inverse; 57 % of the floor at m = 512.
+// Predicted from the instructions of sm_90, for no GPU was at hand: for a block of 256, 410 cycles a gradient (62 % of
+// the floor) and 133,000 for the inverse; 57 % of the floor at m = 512.
 //
 // Triton does not get there: a Gram matrix [256, 256] with both triangles fills all registers of a multiprocessor, so
 // it must be summed up in parts, written, and read again to be inverted. Its matrix units would sum faster than this

@@ -76,7 +76,7 @@ def usages() -> dict[tuple[str, Kernel], Usage]:
 
 
 def launch(op: str, dtype: torch.dtype, size: int) -> tuple[int, int]:
-    """Threads and shared bytes of a thread block, for blocks of this size and more gradients than are summed at once."""
+    """Threads and shared bytes of a thread block; the gradients are more than are summed up in one go."""
     if not emulated.available():
         pytest.skip(str(emulated.missing()))
     if op == "spd_inverse":
