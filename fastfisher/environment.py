@@ -28,7 +28,7 @@ class Variable:
 BACKEND = Variable(
     "FASTFISHER_BACKEND",
     "",
-    "Forces one backend (reference, native) for every op; it raises where that backend cannot run.",
+    "Forces one backend (reference, native, triton) for every op; it raises where that backend cannot run.",
 )
 NUM_THREADS = Variable(
     "FASTFISHER_NUM_THREADS",
@@ -39,6 +39,11 @@ ISA = Variable(
     "FASTFISHER_ISA",
     "",
     "Forces the instruction set of the native kernels (portable, avx2, avx512, neon) instead of the best one found.",
+)
+TRITON_INTERPRET = Variable(
+    "TRITON_INTERPRET",
+    "",
+    "Of Triton itself: 1 runs its kernels in an interpreter on CPU tensors, for tests; set it before the first import.",
 )
 BUILD = Variable(
     "FASTFISHER_BUILD",
@@ -52,7 +57,7 @@ CUDA_ARCHS = Variable(
     "Build time: GPU architectures to compile the CUDA kernels for; newer ones run the code of the last one.",
 )
 
-VARIABLES = (BACKEND, NUM_THREADS, ISA, BUILD, CUDA_ARCHS)
+VARIABLES = (BACKEND, NUM_THREADS, ISA, TRITON_INTERPRET, BUILD, CUDA_ARCHS)
 
 ISAS = ("portable", "avx2", "avx512", "neon")
 
@@ -60,6 +65,11 @@ ISAS = ("portable", "avx2", "avx512", "neon")
 def backend() -> str | None:
     """The forced backend, or None when the order table decides."""
     return BACKEND.get() or None
+
+
+def triton_interpret() -> bool:
+    """Whether Triton interprets its kernels, by the rules of Triton's own switch."""
+    return TRITON_INTERPRET.get().lower() in ("1", "y", "yes", "on", "true")
 
 
 def num_threads() -> int | None:

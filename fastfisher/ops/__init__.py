@@ -22,8 +22,9 @@ from fastfisher.ops.sherman_morrison import sherman_morrison_
 from fastfisher.ops.spd_inverse import spd_inverse_
 from fastfisher.ops.woodbury import woodbury_
 
-if find_spec("fastfisher.kernels") and find_spec("fastfisher.kernels.native"):
-    importlib.import_module("fastfisher.kernels.native")  # registers its kernels here
+for _backend in ("native", "triton"):
+    if find_spec("fastfisher.kernels") and find_spec(f"fastfisher.kernels.{_backend}"):
+        importlib.import_module(f"fastfisher.kernels.{_backend}")  # registers its kernels here
 
 __all__ = [
     "sherman_morrison_",
