@@ -1,15 +1,13 @@
 """Ours and the rivals, bound to the problems of the table: fresh arguments, the timed call, and its answer for the
 check.
 
-An answer is what one block of the result says, and `truth` says the same in float64 from the inputs alone.  All
-contenders of a problem get the same inputs; what a rival needs in another layout is prepared outside the timed call.
+An answer is what one block of the result says, and `truth` says the same in float64 from the inputs alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +15,10 @@ from torch import Tensor
 
 import fastfisher as ff
 from benchmarks import rivals
-from benchmarks.problems import DAMPING, GRADIENT_SCALE, PRUNED_FRACTION, Problem
+from benchmarks.inputs import Inputs, Piece, inputs_of
+from benchmarks.problems import DAMPING, PRUNED_FRACTION, TOLERANCE, Problem
 from fastfisher import ops
+from fastfisher.prune.select import select
 
 Answer = dict[str, Tensor]  # "diag" is compared entry by entry, anything else in the maximum norm
 
@@ -27,97 +27,19 @@ Answer = dict[str, Tensor]  # "diag" is compared entry by entry, anything else i
 class Contender:
     """setup() -> arguments of one run; run(*arguments) is timed; answer(block, returned, *arguments) is checked.
 
+    piece: the blocks that it works on; None means all.
     once: timed a single time, after `warm_up`, because a run takes many seconds.
     """
 
     setup: Callable[[], tuple]
     run: Callable[..., Any]
     answer: Callable[..., Answer]
+    piece: Piece | None = None
     once: bool = False
     warm_up: Callable[[], object] | None = None
 
 
-class Inputs:
-    """The tensors of one problem, made from a fixed seed when they are first needed."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.block_size, self.num_grads = problem.block_size, problem.num_grads
-        generator = torch.Generator().manual_seed(0)
-        d = problem.num_weights
-        self.grads = torch.randn(self.num_grads, d, generator=generator).mul_(GRADIENT_SCALE)  # [m, d]
-        self.x = torch.randn(d, 1, generator=generator)  # [d, 1]
-        self.weight = torch.randn(d, generator=generator)  # [d]
-        self.mask = torch.rand(d, generator=generator) >= PRUNED_FRACTION  # [d], True = keep
-        starts = torch.arange(0, d, self.block_size)
-        self.blocks = torch.stack([starts, (starts + self.block_size).clamp_(max=d)], 1)  # [K, 2]
-
-    @cached_property
-    def parts(self) -> list[Tensor]:
-        """Views [K, m, B] of the gradients: full blocks, and the short last one."""
-        return rivals.block_parts(self.grads, self.block_size)
-
-    @cached_property
-    def f_inv(self) -> Tensor:
-        """A primal state [K, B, B] for the ops that read one."""
-        states, _ = rivals.strong_primal_build(self.grads, self.block_size, DAMPING)
-        f_inv = rivals.scaled_identity(len(self.blocks), self.block_size, 1 / DAMPING, self.grads)
-        for b, (start, stop) in enumerate(self.blocks.tolist()):
-            f_inv[b, : stop - start, : stop - start] = _pick(states, b)
-        return f_inv
-
-    @cached_property
-    def inv_diag(self) -> Tensor:
-        return self.f_inv.diagonal(dim1=1, dim2=2).flatten()[: self.problem.num_weights].contiguous()  # [d]
-
-    @cached_property
-    def factors(self) -> list[Tensor]:
-        """Factors of the capacitance, float64 [K, m, m], for each part."""
-        return [rivals.dual_factor(part, DAMPING) for part in self.parts]
-
-    @cached_property
-    def factor(self) -> Tensor:
-        return torch.cat(self.factors)  # [K, m, m]
-
-    def identity(self) -> Tensor:
-        return rivals.scaled_identity(len(self.blocks), self.block_size, 1 / DAMPING, self.grads)  # [K, B, B]
-
-    def identities(self) -> list[Tensor]:
-        return [rivals.scaled_identity(p.shape[0], p.shape[2], 1 / DAMPING, p) for p in self.parts]
-
-    def padded(self, vector: Tensor) -> Tensor:
-        """[d] -> [K, B], the short block filled up with zeros (False for a mask)."""
-        out = vector.new_zeros(len(self.blocks) * self.block_size)
-        out[: len(vector)] = vector
-        return out.view(-1, self.block_size)
-
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """[d] -> [K, B] for each part, copied."""
-        full = self.problem.num_weights // self.block_size * self.block_size
-        pieces = vector[:full].view(-1, self.block_size), vector[full:].view(1, -1)
-        return [piece.clone() for piece in pieces if piece.numel()]
-
-    def range(self, b: int) -> slice:
-        start, stop = self.blocks[b].tolist()
-        return slice(start, stop)
-
-    def exact_inverse(self, b: int) -> Tensor:
-        """F^-1 of one block in float64, from the gradients."""
-        G = self.grads[:, self.range(b)].double()
-        F = G.mT @ G / self.num_grads
-        F.diagonal().add_(DAMPING)
-        return torch.linalg.inv(F)
-
-
-@lru_cache(maxsize=1)
-def inputs_of(problem: Problem) -> Inputs:
-    """The inputs of a problem; those of the last one are kept, so that its contenders share them."""
-    return Inputs(problem)
-
-
-def _pick(states: list[Tensor], b: int) -> Tensor:
-    """Block b of a list of parts."""
-    return states[0][b] if b < len(states[0]) else states[1][b - len(states[0])]
+Makers = dict[str, Callable[[], Contender]]
 
 
 def _inverse_answer(f_inv: Tensor, x: Tensor) -> Answer:
@@ -125,245 +47,390 @@ def _inverse_answer(f_inv: Tensor, x: Tensor) -> Answer:
     return {"diag": f_inv.diagonal(), "product": f_inv @ x.to(f_inv.dtype)}
 
 
-def _build(data: Inputs) -> dict[str, Contender]:
-    B, grads, x = data.block_size, data.grads, data.x
+def _our_block(data: Inputs, state: Tensor, b: int) -> Tensor:
+    """Block b of a padded state, without its padding."""
+    n = data.length(b)
+    return state[b, :n, :n]
 
-    def ours() -> tuple[Any, Tensor]:
-        finv = ff.FisherInverse.from_grads(grads, block_size=B, damping=DAMPING)
-        return finv, finv.diag()
 
-    def our_answer(b: int, built: tuple[Any, Tensor]) -> Answer:
-        finv, diag = built
-        return {"diag": diag[data.range(b)], "product": (finv @ x)[data.range(b)]}
+def _state_answer(data: Inputs) -> Callable[..., Answer]:
+    """The answer of an op of ours that writes a state, its first argument."""
+    return lambda b, _, state, *rest: _inverse_answer(_our_block(data, state, b), data.x[data.range(b)])
 
-    def primal_answer(b: int, built: tuple[list[Tensor], Tensor]) -> Answer:
-        return {**_inverse_answer(_pick(built[0], b), x[data.range(b)]), "diag": built[1][data.range(b)]}
 
-    def dual_answer(b: int, built: tuple[list[Tensor], Tensor]) -> Answer:
-        v_t, x_b = _pick(built[0], b), x[data.range(b)]
-        return {"diag": built[1][data.range(b)], "product": (x_b - v_t @ (v_t.mT @ x_b)) / DAMPING}
+def _rival_states(data: Inputs, piece: Piece, states: list[Tensor], b: int) -> Answer:
+    """The answer of a rival that leaves the inverses themselves, a tensor for each part."""
+    n = data.length(b)
+    return _inverse_answer(piece.pick(states, b)[:n, :n], data.x[data.range(b)])
 
-    def arguments() -> tuple:
-        return grads, B, DAMPING
 
+def _rival_rows(data: Inputs, piece: Piece, rows: list[Tensor], b: int) -> Tensor:
+    """Block b of vectors that a rival holds as rows, without padding."""
+    return piece.pick(rows, b)[: data.length(b)]
+
+
+def _estimates(data: Inputs) -> Tensor:
+    """Room for condition and amplification of every block."""
+    return torch.empty(2, len(data.blocks), dtype=torch.float64, device=data.device)
+
+
+def _gather(data: Inputs) -> ff.FisherInverse:
+    """The inverse as a user builds it: at once, or from gradients that come in calls."""
+    if not data.problem.per_call:
+        return ff.FisherInverse.from_grads(
+            data.grads, block_size=data.block_size, damping=DAMPING, sizes=data.problem.sizes
+        )
+    accumulator = ff.FisherAccumulator(data.layout, num_grads=data.num_grads, damping=DAMPING)
+    for _ in range(data.problem.num_calls):
+        accumulator.add(data.grads)
+    return accumulator.finish()
+
+
+def _loop(data: Inputs, loop: Callable[..., None]) -> Contender:
+    """The older pruners' loop from I / damping."""
+    piece, m, calls = data.piece, data.num_grads, data.problem.num_calls
+
+    def answer(b: int, built: tuple[list[Tensor], list[Tensor]]) -> Answer:
+        diag = _rival_rows(data, piece, built[1], b)
+        return {**_rival_states(data, piece, built[0], b), "diag": diag}
+
+    return Contender(
+        tuple,
+        lambda: rivals.loop_build(piece.parts, m, DAMPING, calls, loop),
+        answer,
+        piece,
+        once=True,
+        warm_up=lambda: rivals.loop_build(piece.parts, m, DAMPING, 1, loop, steps=min(4, m)),
+    )
+
+
+def _strong_primal(data: Inputs, build: Callable[..., Any], **route: Any) -> Contender:
+    piece, m, calls = data.piece, data.num_grads, data.problem.num_calls
+    return replace(
+        _loop(data, rivals.loop_),
+        run=lambda: build(piece.parts, m, DAMPING, calls, **route),
+        once=False,
+        warm_up=None,
+    )
+
+
+def _strong_dual(data: Inputs, build: Callable[..., Any]) -> Contender:
+    piece = data.dual_piece
+
+    def answer(b: int, built: tuple[list[Tensor], list[Tensor]]) -> Answer:
+        v_t, x = _rival_rows(data, piece, built[0], b), data.x[data.range(b)]
+        product = (x - v_t @ (v_t.mT @ x)) / DAMPING
+        return {"diag": _rival_rows(data, piece, built[1], b), "product": product}
+
+    return Contender(tuple, lambda: build(piece.parts, data.num_grads, DAMPING), answer, piece)
+
+
+def _build_rivals(data: Inputs) -> Makers:
+    compiled = rivals.compiled
     return {
-        "ours": Contender(tuple, ours, our_answer),
-        "loop": Contender(
-            arguments,
-            rivals.loop_build,
-            lambda b, built, *_: primal_answer(b, built),
-            once=True,
-            warm_up=lambda: rivals.loop_build(grads[:4], B, DAMPING),
+        "loop": lambda: _loop(data, rivals.loop_),
+        "loop compiled": lambda: _loop(data, rivals.compiled_loop()),
+        "strong primal": lambda: _strong_primal(data, rivals.strong_primal_build),
+        "strong solve": lambda: _strong_primal(
+            data, rivals.strong_primal_build, invert=rivals.spd_inverse_by_solve
         ),
-        "strong primal": Contender(
-            arguments, rivals.strong_primal_build, lambda b, built, *_: primal_answer(b, built)
+        "strong lu": lambda: _strong_primal(
+            data, rivals.strong_primal_build, invert=rivals.spd_inverse_by_lu
         ),
-        "strong dual": Contender(
-            arguments, rivals.strong_dual_build, lambda b, built, *_: dual_answer(b, built)
-        ),
+        "strong dual": lambda: _strong_dual(data, rivals.strong_dual_build),
+        "strong primal compiled": lambda: _strong_primal(data, compiled(rivals.strong_primal_build)),
+        "strong dual compiled": lambda: _strong_dual(data, compiled(rivals.strong_dual_build)),
     }
 
 
-def _each(step: Callable[..., None]) -> Callable[..., None]:
+def _build(data: Inputs) -> Makers:
+    def ours() -> tuple[ff.FisherInverse, Tensor]:
+        finv = _gather(data)
+        return finv, finv.diag()
+
+    def answer(b: int, built: tuple[ff.FisherInverse, Tensor]) -> Answer:
+        finv, diag = built
+        return {"diag": diag[data.range(b)], "product": (finv @ data.x)[data.range(b)]}
+
+    return {"ours": lambda: Contender(tuple, ours, answer), **_build_rivals(data)}
+
+
+def _diagonal(data: Inputs) -> Makers:
+    """The diagonal of the dual form and nothing else: no state is kept."""
+    shape = len(data.blocks), data.num_grads, data.num_grads
+
+    def ours() -> Tensor:
+        factor = torch.empty(shape, dtype=torch.float64, device=data.device)
+        diag = torch.empty_like(data.weight)
+        ops.dual_factor_(factor, data.grads, data.blocks, data.num_grads, DAMPING, _estimates(data)[0])
+        ops.inverse_diagonal(data.grads, data.blocks, out=diag, factor=factor, damping=DAMPING)
+        return diag
+
+    return {
+        "ours": lambda: Contender(tuple, ours, lambda b, diag: {"diag": diag[data.range(b)]}),
+        **_build_rivals(data),
+    }
+
+
+def _prune(data: Inputs) -> Makers:
+    """What follows a build: saliency, selection over the whole network, and the summed update."""
+    nothing_dead = torch.zeros_like(data.mask)
+
+    def ours(finv: ff.FisherInverse) -> Tensor:
+        saliency = finv.saliency(data.weight)
+        mask = select(saliency, nothing_dead, PRUNED_FRACTION, scope="global", ranges=())
+        return finv.prune_update(data.weight, mask, "sum")
+
+    def make() -> Contender:
+        finv = _gather(data)
+        finv.diag()  # belongs to the build
+        return Contender(
+            lambda: (finv,),
+            ours,
+            lambda b, new, _: {"weight": new[data.range(b)], "zeros": (new == 0).sum().double()},
+        )
+
+    return {"ours": make}
+
+
+def _inverse_from_grads(data: Inputs) -> Makers:
+    def ours() -> Contender:
+        state, (condition, amplification) = data.identity(), _estimates(data)
+        arguments = state, data.grads, data.blocks, data.num_grads, condition, amplification
+        return Contender(
+            lambda: arguments,
+            lambda *args: ops.inverse_from_grads(*args, damping=DAMPING),
+            _state_answer(data),
+        )
+
+    return {"ours": ours, **_build_rivals(data)}
+
+
+def _inverse_diagonal_from_grads(data: Inputs) -> Makers:
+    def ours() -> Contender:
+        out, (condition, amplification) = torch.empty_like(data.weight), _estimates(data)
+        arguments = out, data.grads, data.blocks, data.num_grads, condition, amplification
+        return Contender(
+            lambda: arguments,
+            lambda *args: ops.inverse_diagonal_from_grads(*args, block_size=data.block_size, damping=DAMPING),
+            lambda b, *rest: {"diag": out[data.range(b)]},
+        )
+
+    return {"ours": ours, **_build_rivals(data)}
+
+
+def _each(step: Callable[..., Any]) -> Callable[..., list[Any]]:
     """Run a rival on every part: arguments are lists of parts, and whatever is no list is handed on."""
 
-    def run(*arguments: Any) -> None:
-        for i in range(len(arguments[0])):
-            step(*(a[i] if isinstance(a, list) else a for a in arguments))
+    def run(*arguments: Any) -> list[Any]:
+        parts = range(len(arguments[0]))
+        return [step(*(a[i] if isinstance(a, list) else a for a in arguments)) for i in parts]
 
     return run
 
 
-def _sherman_morrison(data: Inputs) -> dict[str, Contender]:
-    m, x = data.num_grads, data.x
-    build = _build(data)
+def _sherman_morrison(data: Inputs) -> Makers:
+    piece, m = data.piece, data.num_grads
     return {
-        "ours": Contender(
+        **_build_rivals(data),
+        "ours": lambda: Contender(
             lambda: (data.identity(), data.grads, data.blocks, m),
             ops.sherman_morrison_,
-            lambda b, _, state, *rest: _inverse_answer(_our_block(data, state, b), x[data.range(b)]),
+            _state_answer(data),
         ),
-        "loop": Contender(
-            lambda: (data.identities(), data.parts, m),
-            _each(rivals.loop_),
-            lambda b, _, states, *rest: _inverse_answer(_pick(states, b), x[data.range(b)]),
-            once=True,
-            warm_up=build["loop"].warm_up,
+        "loop": lambda: replace(
+            _loop(data, rivals.loop_),
+            setup=lambda: (piece.identities(), piece.parts, m),
+            run=_each(rivals.loop_),
+            answer=lambda b, _, states, *rest: _rival_states(data, piece, states, b),
         ),
-        "strong primal": build["strong primal"],
     }
 
 
-def _our_block(data: Inputs, state: Tensor, b: int) -> Tensor:
-    """Block b of a padded state, without its padding."""
-    n = data.range(b).stop - data.range(b).start
-    return state[b, :n, :n]
-
-
-def _woodbury(data: Inputs) -> dict[str, Contender]:
-    m, x = data.num_grads, data.x
+def _woodbury(data: Inputs) -> Makers:
+    piece, m = data.piece, data.num_grads
     return {
-        "ours": Contender(
-            lambda: (data.identity(), data.grads, data.blocks, m),
-            ops.woodbury_,
-            lambda b, _, state, *rest: _inverse_answer(_our_block(data, state, b), x[data.range(b)]),
+        "ours": lambda: Contender(
+            lambda: (data.identity(), data.grads, data.blocks, m), ops.woodbury_, _state_answer(data)
         ),
-        "strong": Contender(
-            lambda: (data.identities(), data.parts, m),
+        "strong": lambda: Contender(
+            lambda: (piece.identities(), piece.parts, m),
             _each(rivals.woodbury_),
-            lambda b, _, states, *rest: _inverse_answer(_pick(states, b), x[data.range(b)]),
+            lambda b, _, states, *rest: _rival_states(data, piece, states, b),
+            piece,
         ),
     }
 
 
-def _accumulate(data: Inputs) -> dict[str, Contender]:
-    m = data.num_grads
+def _accumulate(data: Inputs) -> Makers:
+    piece, m = data.piece, data.num_grads
+
+    def rival_answer(b: int, _: object, states: list[Tensor], *rest: object) -> Answer:
+        n = data.length(b)
+        return {"fisher": piece.pick(states, b)[:n, :n].tril()}
+
     return {
-        "ours": Contender(
+        "ours": lambda: Contender(
             lambda: (data.identity().zero_(), data.grads, data.blocks, m),
             ops.fisher_accumulate_,
             lambda b, _, state, *rest: {"fisher": _our_block(data, state, b).tril()},
         ),
-        "strong": Contender(
-            lambda: ([i.zero_() for i in data.identities()], data.parts, m),
+        "strong": lambda: Contender(
+            lambda: ([i.zero_() for i in piece.identities()], piece.parts, m),
             _each(rivals.fisher_accumulate_),
-            lambda b, _, states, *rest: {"fisher": _pick(states, b).tril()},
+            rival_answer,
+            piece,
         ),
     }
 
 
-def _spd_inverse(data: Inputs) -> dict[str, Contender]:
-    fishers = [
-        rivals.scaled_identity(p.shape[0], p.shape[2], DAMPING, p).baddbmm_(p.mT, p, alpha=1 / data.num_grads)
-        for p in data.parts
-    ]
+def _spd_inverse(data: Inputs) -> Makers:
+    piece = data.piece
 
-    template = rivals.scaled_identity(len(data.blocks), data.block_size, DAMPING, data.grads)
-    for b in range(len(data.blocks)):
-        _our_block(data, template, b).copy_(_pick(fishers, b))
-    condition, amplification = torch.empty(2, len(template), dtype=torch.float64)
+    def ours() -> Contender:
+        condition, amplification = _estimates(data)
+        return Contender(
+            lambda: (data.fisher.clone(), condition, amplification), ops.spd_inverse_, _state_answer(data)
+        )
+
+    def strong(invert: Callable[[Tensor], Tensor]) -> Contender:
+        matrices = [
+            matrix[:, : part.shape[2], : part.shape[2]]
+            for matrix, part in zip(piece.split(data.fisher), piece.parts, strict=True)
+        ]
+        return Contender(
+            lambda: (matrices,),
+            _each(invert),
+            lambda b, states, *rest: _rival_states(data, piece, states, b),
+            piece,
+        )
+
     return {
-        "ours": Contender(
-            lambda: (template.clone(), condition, amplification),
-            ops.spd_inverse_,
-            lambda b, _, state, *rest: _inverse_answer(_our_block(data, state, b), data.x[data.range(b)]),
-        ),
-        "strong": Contender(
-            lambda: (fishers,),
-            lambda matrices: [rivals.spd_inverse(matrix) for matrix in matrices],
-            lambda b, states, *rest: _inverse_answer(_pick(states, b), data.x[data.range(b)]),
-        ),
+        "ours": ours,
+        "strong": lambda: strong(rivals.spd_inverse),
+        "strong solve": lambda: strong(rivals.spd_inverse_by_solve),
+        "strong lu": lambda: strong(rivals.spd_inverse_by_lu),
     }
 
 
-def _dual_factor(data: Inputs) -> dict[str, Contender]:
-    m = data.num_grads
-    factor = torch.empty(len(data.blocks), m, m, dtype=torch.float64)
-    condition = torch.empty(len(data.blocks), dtype=torch.float64)
-    return {
-        "ours": Contender(
-            lambda: (factor, data.grads, data.blocks, m, DAMPING, condition),
+def _dual_factor(data: Inputs) -> Makers:
+    piece, m = data.dual_piece, data.num_grads
+
+    def ours() -> Contender:
+        factor = torch.empty(len(data.blocks), m, m, dtype=torch.float64, device=data.device)
+        return Contender(
+            lambda: (factor, data.grads, data.blocks, m, DAMPING, _estimates(data)[0]),
             ops.dual_factor_,
             lambda b, *rest: {"factor": factor[b]},
-        ),
-        "strong": Contender(
-            lambda: (data.parts,),
-            lambda parts: [rivals.dual_factor(part, DAMPING) for part in parts],
-            lambda b, factors, *rest: {"factor": _pick(factors, b)},
+        )
+
+    return {
+        "ours": ours,
+        "strong": lambda: Contender(
+            lambda: (piece.parts, DAMPING),
+            _each(rivals.dual_factor),
+            lambda b, factors, *rest: {"factor": piece.pick(factors, b)},
+            piece,
         ),
     }
 
 
-def _inverse_diagonal(data: Inputs) -> dict[str, Contender]:
-    out = torch.empty(data.problem.num_weights)
+def _inverse_diagonal(data: Inputs) -> Makers:
+    primal, piece = data.problem.form == "primal", data.dual_piece
 
-    def our_answer(b: int, *rest: object) -> Answer:
-        return {"diag": out[data.range(b)]}
+    def ours() -> Contender:
+        out = torch.empty_like(data.weight)
+        state, factor = (data.f_inv, None) if primal else (data.grads, data.factor)
+        return Contender(
+            lambda: (state, data.blocks),
+            lambda *args: ops.inverse_diagonal(*args, out=out, factor=factor, damping=DAMPING),
+            lambda b, *rest: {"diag": out[data.range(b)]},
+        )
 
-    if data.problem.form == "primal":
-        return {
-            "ours": Contender(
-                lambda: (data.f_inv, data.blocks),
-                lambda state, blocks: ops.inverse_diagonal(state, blocks, out=out),
-                our_answer,
-            ),
-            "strong": Contender(
+    def strong() -> Contender:
+        if primal:
+            return Contender(
                 lambda: (data.f_inv,),
                 rivals.inverse_diagonal_primal,
-                lambda b, got, *rest: {"diag": _unpad(data, got, b)},
-            ),
-        }
-    return {
-        "ours": Contender(
-            lambda: (data.grads, data.blocks, data.factor),
-            lambda state, blocks, factor: ops.inverse_diagonal(
-                state, blocks, out=out, factor=factor, damping=DAMPING
-            ),
-            our_answer,
-        ),
-        "strong": Contender(
-            lambda: (data.parts, data.factors),
-            lambda parts, factors: [
-                rivals.inverse_diagonal_dual(p, f, DAMPING) for p, f in zip(parts, factors, strict=True)
-            ],
-            lambda b, got, *rest: {"diag": _pick(got, b)},
-        ),
-    }
+                lambda b, got, *rest: {"diag": got[b, : data.length(b)]},
+            )
+        factors = piece.split(data.factor)
+        return Contender(
+            lambda: (piece.parts, factors, DAMPING),
+            _each(rivals.inverse_diagonal_dual),
+            lambda b, got, *rest: {"diag": _rival_rows(data, piece, got, b)},
+            piece,
+        )
+
+    return {"ours": ours, "strong": strong}
 
 
-def _unpad(data: Inputs, rows: Tensor, b: int) -> Tensor:
-    """Row b of [K, B] without its padding."""
-    return rows[b, : data.range(b).stop - data.range(b).start]
+def _block_matvec(data: Inputs) -> Makers:
+    primal, piece = data.problem.form == "primal", data.dual_piece
 
+    def ours() -> Contender:
+        out = torch.empty_like(data.x)
+        state, factor = (data.f_inv, None) if primal else (data.grads, data.factor)
+        return Contender(
+            lambda: (state, data.blocks, data.x),
+            lambda *args: ops.block_matvec(*args, out=out, factor=factor, damping=DAMPING),
+            lambda b, *rest: {"product": out[data.range(b), 0]},
+        )
 
-def _block_matvec(data: Inputs) -> dict[str, Contender]:
-    out = torch.empty_like(data.x)
-
-    def our_answer(b: int, *rest: object) -> Answer:
-        return {"product": out[data.range(b), 0]}
-
-    if data.problem.form == "primal":
-        x_padded = data.padded(data.x[:, 0])
-        return {
-            "ours": Contender(
-                lambda: (data.f_inv, data.blocks, data.x),
-                lambda state, blocks, x: ops.block_matvec(state, blocks, x, out=out),
-                our_answer,
-            ),
-            "strong": Contender(
-                lambda: (data.f_inv, x_padded),
+    def strong() -> Contender:
+        if primal:
+            x = data.padded(data.x[:, 0])
+            return Contender(
+                lambda: (data.f_inv, x),
                 rivals.block_matvec_primal,
-                lambda b, got, *rest: {"product": _unpad(data, got, b)},
-            ),
-        }
-    x_parts = data.split(data.x[:, 0])
-    return {
-        "ours": Contender(
-            lambda: (data.grads, data.blocks, data.x, data.factor),
-            lambda state, blocks, x, factor: ops.block_matvec(
-                state, blocks, x, out=out, factor=factor, damping=DAMPING
-            ),
-            our_answer,
-        ),
-        "strong": Contender(
-            lambda: (data.parts, data.factors, x_parts),
-            lambda *lists: [
-                rivals.block_matvec_dual(p, f, DAMPING, x) for p, f, x in zip(*lists, strict=True)
-            ],
-            lambda b, got, *rest: {"product": _pick(got, b)},
-        ),
-    }
+                lambda b, got, *rest: {"product": got[b, : data.length(b)]},
+            )
+        factors, x_parts = piece.split(data.factor), piece.row_parts(data.x[:, 0])
+        return Contender(
+            lambda: (piece.parts, factors, DAMPING, x_parts),
+            _each(rivals.block_matvec_dual),
+            lambda b, got, *rest: {"product": _rival_rows(data, piece, got, b)},
+            piece,
+        )
+
+    return {"ours": ours, "strong": strong}
 
 
-def _obs_saliency(data: Inputs) -> dict[str, Contender]:
-    out = torch.empty_like(data.weight)
-    return {
-        "ours": Contender(
+def _fisher_vector_product(data: Inputs) -> Makers:
+    piece, m = data.dual_piece, data.num_grads
+
+    def ours() -> Contender:
+        out = torch.empty_like(data.x)
+        return Contender(
+            lambda: (data.grads, data.blocks, m, data.x),
+            lambda *args: ops.fisher_vector_product(*args, out=out),
+            lambda b, *rest: {"product": out[data.range(b), 0]},
+        )
+
+    def strong() -> Contender:
+        x_parts = piece.row_parts(data.x[:, 0])
+        return Contender(
+            lambda: (piece.parts, m, x_parts),
+            _each(rivals.fisher_vector_product),
+            lambda b, got, *rest: {"product": _rival_rows(data, piece, got, b)},
+            piece,
+        )
+
+    return {"ours": ours, "strong": strong}
+
+
+def _obs_saliency(data: Inputs) -> Makers:
+    def ours() -> Contender:
+        out = torch.empty_like(data.weight)
+        return Contender(
             lambda: (data.weight, data.inv_diag),
-            lambda weight, inv_diag: ops.obs_saliency(weight, inv_diag, out=out),
+            lambda *args: ops.obs_saliency(*args, out=out),
             lambda b, *rest: {"diag": out[data.range(b)]},
-        ),
-        "strong": Contender(
+        )
+
+    return {
+        "ours": ours,
+        "strong": lambda: Contender(
             lambda: (data.weight, data.inv_diag),
             rivals.obs_saliency,
             lambda b, got, *rest: {"diag": got[data.range(b)]},
@@ -371,64 +438,105 @@ def _obs_saliency(data: Inputs) -> dict[str, Contender]:
     }
 
 
-def _obs_update(data: Inputs) -> dict[str, Contender]:
-    inv_diag = data.padded(data.inv_diag)
-    inv_diag[inv_diag == 0] = 1
+def _prune_mask(data: Inputs) -> Makers:
+    def answer(b: int, mask: Tensor) -> Answer:
+        return {"mask": mask[data.range(b)].double(), "zeros": (~mask).sum().double()}
+
+    def ours() -> Contender:
+        mask, invalid = torch.empty_like(data.mask), torch.empty(1, dtype=torch.int64, device=data.device)
+        return Contender(
+            lambda: (data.saliency, data.dead, data.zeros),
+            lambda *args: ops.prune_mask(*args, mask=mask, invalid=invalid),
+            lambda b, *rest: answer(b, mask),
+        )
+
+    def strong(select: Callable[..., Tensor]) -> Contender:
+        return Contender(
+            lambda: (data.saliency, data.dead, data.zeros), select, lambda b, mask, *rest: answer(b, mask)
+        )
+
     return {
-        "ours": Contender(
-            lambda: (data.weight.clone(), data.f_inv, data.blocks, data.inv_diag, data.mask),
-            ops.obs_update_,
-            lambda b, _, weight, *rest: {"weight": weight[data.range(b)]},
-        ),
-        "strong": Contender(
-            lambda: (data.padded(data.weight), data.f_inv, inv_diag, data.padded(data.mask)),
-            rivals.obs_update_,
-            lambda b, _, weight, *rest: {"weight": _unpad(data, weight, b)},
-        ),
+        "ours": ours,
+        "strong": lambda: strong(rivals.prune_mask),
+        "strong sort": lambda: strong(rivals.prune_mask_by_sort),
     }
 
 
-def _obs_solve(data: Inputs) -> dict[str, Contender]:
-    failed = torch.zeros(len(data.blocks), dtype=torch.bool)
-    if data.problem.form == "primal":
-        return {
-            "ours": Contender(
-                lambda: (data.weight.clone(), data.f_inv, data.blocks, data.mask, failed),
-                ops.obs_solve_,
-                lambda b, _, weight, *rest: {"weight": weight[data.range(b)]},
-            ),
-            "strong": Contender(
-                lambda: (data.padded(data.weight), data.f_inv, data.padded(data.mask)),
-                rivals.obs_solve_primal_,
-                lambda b, _, weight, *rest: {"weight": _unpad(data, weight, b)},
-            ),
-        }
-    masks = data.split(data.mask)
-    return {
-        "ours": Contender(
-            lambda: (data.weight.clone(), data.grads, data.blocks, data.mask, failed),
-            lambda weight, state, blocks, mask, failed: ops.obs_solve_(
-                weight,
-                state,
-                blocks,
-                mask,
-                failed,
-                num_grads=data.num_grads,
-                factor=data.factor,
-                damping=DAMPING,
-            ),
+def _obs_update(data: Inputs) -> Makers:
+    primal, piece = data.problem.form == "primal", data.dual_piece
+
+    def ours() -> Contender:
+        state, factor = (data.f_inv, None) if primal else (data.grads, data.factor)
+        inv_diag = data.inv_diag if primal else data.dual_diag
+        return Contender(
+            lambda: (data.weight.clone(), state, data.blocks, inv_diag, data.mask),
+            lambda *args: ops.obs_update_(*args, factor=factor, damping=DAMPING),
             lambda b, _, weight, *rest: {"weight": weight[data.range(b)]},
-        ),
-        "strong": Contender(
-            lambda: (data.split(data.weight), data.parts, DAMPING, masks),
+        )
+
+    def strong() -> Contender:
+        if primal:
+            inv_diag, mask = data.padded(data.inv_diag, 1), data.padded(data.mask, True)
+            return Contender(
+                lambda: (data.padded(data.weight), data.f_inv, inv_diag, mask),
+                rivals.obs_update_,
+                lambda b, _, weight, *rest: {"weight": weight[b, : data.length(b)]},
+            )
+        factors = piece.split(data.factor)
+        diag_parts, mask_parts = piece.row_parts(data.dual_diag, 1), piece.row_parts(data.mask, True)
+        return Contender(
+            lambda: (piece.row_parts(data.weight), piece.parts, factors, DAMPING, diag_parts, mask_parts),
+            _each(rivals.obs_update_dual_),
+            lambda b, _, weights, *rest: {"weight": _rival_rows(data, piece, weights, b)},
+            piece,
+        )
+
+    return {"ours": ours, "strong": strong}
+
+
+def _obs_solve(data: Inputs) -> Makers:
+    primal = data.problem.form == "primal"
+    piece = data.piece if primal else data.dual_piece
+
+    def ours() -> Contender:
+        failed = torch.zeros(len(data.blocks), dtype=torch.bool, device=data.device)
+        state, factor = (data.f_inv, None) if primal else (data.grads, data.factor)
+        m = data.num_grads
+        return Contender(
+            lambda: (data.weight.clone(), state, data.blocks, data.mask, failed),
+            lambda *args: ops.obs_solve_(*args, num_grads=m, factor=factor, damping=DAMPING),
+            lambda b, _, weight, *rest: {"weight": weight[data.range(b)]},
+        )
+
+    def strong() -> Contender:
+        def answer(b: int, _: object, weights: list[Tensor], *rest: object) -> Answer:
+            return {"weight": _rival_rows(data, piece, weights, b)}
+
+        if primal:
+            state, mask = [piece.of(data.f_inv)], [piece.rows(data.mask, True)]
+            return Contender(
+                lambda: ([piece.rows(data.weight)], state, mask),
+                _each(rivals.obs_solve_primal_),
+                answer,
+                piece,
+            )
+        masks = piece.row_parts(data.mask, True)
+        return Contender(
+            lambda: (piece.row_parts(data.weight), piece.parts, DAMPING, masks),
             _each(rivals.obs_solve_dual_),
-            lambda b, _, weights, *rest: {"weight": _pick(weights, b)},
-        ),
-    }
+            answer,
+            piece,
+        )
+
+    return {"ours": ours, "strong": strong}
 
 
-_MAKERS: dict[str, Callable[[Inputs], dict[str, Contender]]] = {
+_MAKERS: dict[str, Callable[[Inputs], Makers]] = {
     "build": _build,
+    "diagonal": _diagonal,
+    "prune": _prune,
+    "inverse_from_grads": _inverse_from_grads,
+    "inverse_diagonal_from_grads": _inverse_diagonal_from_grads,
     "sherman_morrison_": _sherman_morrison,
     "woodbury_": _woodbury,
     "fisher_accumulate_": _accumulate,
@@ -436,7 +544,9 @@ _MAKERS: dict[str, Callable[[Inputs], dict[str, Contender]]] = {
     "dual_factor_": _dual_factor,
     "inverse_diagonal": _inverse_diagonal,
     "block_matvec": _block_matvec,
+    "fisher_vector_product": _fisher_vector_product,
     "obs_saliency": _obs_saliency,
+    "prune_mask": _prune_mask,
     "obs_update_": _obs_update,
     "obs_solve_": _obs_solve,
 }
@@ -444,29 +554,71 @@ _MAKERS: dict[str, Callable[[Inputs], dict[str, Contender]]] = {
 NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_MAKERS, ("ours", "strong")),
     "build": ("ours", "loop", "strong primal", "strong dual"),
+    "inverse_from_grads": ("ours", "strong primal"),
+    "inverse_diagonal_from_grads": ("ours", "strong primal"),
     "sherman_morrison_": ("ours", "loop", "strong primal"),
 }
 
 
-def contender(problem: Problem, name: str) -> Contender:
-    """One contender of a problem, by a name of `NAMES[problem.op]`."""
-    return _MAKERS[problem.op](inputs_of(problem))[name]
+def names(problem: Problem) -> tuple[str, ...]:
+    """Who runs on a problem."""
+    return problem.contenders or NAMES[problem.op]
 
 
-def truth(problem: Problem, b: int) -> Answer:
-    """What block b should say, in float64."""
-    data = inputs_of(problem)
+def contender(problem: Problem, name: str, device: str = "cpu") -> Contender:
+    """One contender of a problem, by a name of `names(problem)`; that of a backend is ours, forced to it.
+
+    A backend that cannot run raises BackendError when it is called.
+    """
+    makers = _MAKERS[problem.op](inputs_of(problem, device))
+    if name not in ops.BACKENDS:
+        return makers[name]()
+    ours = makers["ours"]()
+
+    def forced(*arguments: Any) -> Any:
+        with ops.use_backend(name):
+            return ours.run(*arguments)
+
+    return replace(ours, run=forced)
+
+
+def _pruned(data: Inputs, b: int, new: Tensor) -> Answer:
+    """What saliency, selection and update should leave of block b, for a selection that is right.
+
+    Saliencies within TOLERANCE of the threshold may fall on either side; the result tells on which they did.
+    """
+    part = data.range(b)
+    saliency, threshold = data.exact_saliency[0][part], data.exact_saliency[1]
+    close = (saliency / threshold - 1).abs() < TOLERANCE
+    mask = torch.where(close, new != 0, saliency > threshold)
+    f_inv, weight = data.exact_inverse(b), data.weight[part].double()
+    x = torch.where(mask, 0, weight / f_inv.diagonal())
+    zeros = torch.tensor(float(data.zeros), device=data.device)
+    return {"weight": (weight - f_inv @ x) * mask, "zeros": zeros}
+
+
+def truth(problem: Problem, b: int, device: str = "cpu", got: Answer | None = None) -> Answer:
+    """What block b should say, in float64.   got: the answer to compare with; it settles what may be either way."""
+    data = inputs_of(problem, device)
     part = data.range(b)
     x, weight, mask = data.x[part].double(), data.weight[part].double(), data.mask[part]
     G = data.grads[:, part].double()
+    if problem.op == "prune":
+        assert got is not None
+        return _pruned(data, b, got["weight"])
     if problem.op == "fisher_accumulate_":
         return {"fisher": (G.mT @ G / data.num_grads).tril()}
+    if problem.op == "fisher_vector_product":
+        return {"product": G.mT @ (G @ x) / data.num_grads}
     if problem.op == "dual_factor_":
         C = G @ G.mT
         C.diagonal().add_(data.num_grads * DAMPING)
         return {"factor": torch.linalg.cholesky(C, upper=True)}
     if problem.op == "obs_saliency":
         return {"diag": weight**2 / (2 * data.inv_diag[part].double())}
+    if problem.op == "prune_mask":
+        kept = rivals.prune_mask(data.saliency, data.dead, data.zeros)
+        return {"mask": kept[part].double(), "zeros": (~kept).sum().double()}
     reads_state = problem.form == "primal" and problem.op in (
         "inverse_diagonal",
         "block_matvec",
@@ -484,13 +636,16 @@ def truth(problem: Problem, b: int) -> Answer:
     return _inverse_answer(f_inv, x)
 
 
-def worst_error(problem: Problem, contestant: Contender, returned: object, arguments: tuple) -> float:
+def worst_error(
+    problem: Problem, contestant: Contender, returned: object, arguments: tuple, device: str = "cpu"
+) -> float:
     """Worst relative error of the first, a middle and the last block of one run, against `truth`."""
-    last = problem.num_blocks - 1
+    ids = range(problem.num_blocks) if contestant.piece is None else contestant.piece.ids.tolist()
     worst = 0.0
-    for b in sorted({0, last // 2, last}):
-        exact = truth(problem, b)
-        for key, got in contestant.answer(b, returned, *arguments).items():
+    for b in sorted({ids[0], ids[(len(ids) - 1) // 2], ids[-1]}):
+        answer = contestant.answer(b, returned, *arguments)
+        exact = truth(problem, b, device, answer)
+        for key, got in answer.items():
             want = exact[key].reshape(got.shape)
             scale = want.abs() if key == "diag" else want.abs().max()
             error = ((got.double() - want).abs() / scale).max().item()

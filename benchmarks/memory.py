@@ -28,16 +28,16 @@ def _resident(field: str) -> int:
     return int(match.group(1)) * 1024
 
 
-def _tensor_bytes(value: object, seen: set[int]) -> int:
-    """Bytes of all tensors in nested dicts and lists, every storage once."""
+def tensor_bytes(value: object, seen: set[int], device: str = "cpu") -> int:
+    """Bytes of all tensors on a device in nested dicts and lists, every storage once."""
     if isinstance(value, Tensor):
         storage = value.untyped_storage()
-        if storage.data_ptr() in seen:
+        if storage.data_ptr() in seen or value.device.type != device:
             return 0
         seen.add(storage.data_ptr())
         return storage.nbytes()
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(_tensor_bytes(child, seen) for child in children)
+    return sum(tensor_bytes(child, seen, device) for child in children)
 
 
 def measure(problem: Problem) -> dict[str, int]:
@@ -54,7 +54,7 @@ def measure(problem: Problem) -> dict[str, int]:
     finv = build(grads)
     peak = _resident("VmHWM") - before
     # A state that is the caller's own gradients takes no memory above them.
-    state = _tensor_bytes(finv.state_dict(), {grads.untyped_storage().data_ptr()})
+    state = tensor_bytes(finv.state_dict(), {grads.untyped_storage().data_ptr()})
     return {"peak_bytes": peak, "state_bytes": state}
 
 

@@ -2,14 +2,27 @@
 
 *loop* is the formula of the older pruners, one batched rank-1 Sherman-Morrison update a gradient (WoodFisher, eq.
 3.4), with its buffers allocated once.  *strong* is the best known dense route: a batched Gram matrix, Cholesky and
-Cholesky inverse, or the m x m dual form, in the dtype of the gradients.  Gradients come as in the package, `[m, d]`;
-blocks are ranges of B weights.
+Cholesky inverse, or the m x m dual form, in the dtype of the gradients.  Gradients come in parts `[K, k, B]`, one for
+each length of block, or one in which short blocks are filled up with zeros.  `calls`: how many times they come, as in
+a stream of which a part is at hand.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function through torch.compile, for the shapes it is called with.
+
+    What was compiled before is forgotten: torch keeps a few shapes of a function and then stops compiling it.
+    """
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def block_parts(grads: Tensor, block_size: int) -> list[Tensor]:
@@ -31,17 +44,22 @@ def scaled_identity(num_blocks: int, size: int, value: float, like: Tensor) -> T
     return matrix
 
 
-def loop_(f_inv: Tensor, grads: Tensor, num_grads: int) -> None:
+def diagonals(states: list[Tensor]) -> list[Tensor]:
+    """Diagonal of every block, written out: [K, B, B] -> [K, B]."""
+    return [state.diagonal(dim1=1, dim2=2).contiguous() for state in states]
+
+
+def loop_(f_inv: Tensor, grads: Tensor, num_grads: int, steps: int | None = None) -> None:
     """f_inv -= v v^T / (m + g.v) with v = f_inv g, one gradient after the other.   f_inv [K, B, B], grads [K, k, B].
 
     `addcmul_` on broadcast views makes the update one pass over f_inv; it is faster than `baddbmm_` and `einsum`
-    here.
+    here.   steps: how many gradients; None means all.
     """
     num_blocks, size = f_inv.shape[:2]
     v = f_inv.new_empty(num_blocks, size, 1)
     scaled = torch.empty_like(v)
     curvature = f_inv.new_empty(num_blocks, 1, 1)
-    for i in range(grads.shape[1]):
+    for i in range(steps or grads.shape[1]):
         g = grads[:, i].unsqueeze(-1)  # [K, B, 1]
         torch.bmm(f_inv, g, out=v)
         torch.bmm(g.mT, v, out=curvature)
@@ -49,53 +67,98 @@ def loop_(f_inv: Tensor, grads: Tensor, num_grads: int) -> None:
         f_inv.addcmul_(scaled, v.mT, value=-1)
 
 
-def loop_build(grads: Tensor, block_size: int, damping: float) -> tuple[list[Tensor], Tensor]:
-    """The inverse by `loop_` from I / damping: blocks [K, B, B] for each part, and the inverse diagonal [d]."""
+def loop_step_(f_inv: Tensor, g: Tensor, num_grads: int) -> None:
+    """One step of `loop_`, for a compiler that plans its own buffers.   f_inv [K, B, B], g [K, B, 1]."""
+    v = torch.bmm(f_inv, g)
+    f_inv.addcmul_(v / (num_grads + torch.bmm(g.mT, v)), v.mT, value=-1)
+
+
+def compiled_loop() -> Callable[..., None]:
+    """`loop_` with its step compiled; the loop over gradients itself would be unrolled."""
+    step = compiled(loop_step_)
+
+    def run(f_inv: Tensor, grads: Tensor, num_grads: int, steps: int | None = None) -> None:
+        for i in range(steps or grads.shape[1]):
+            step(f_inv, grads[:, i].unsqueeze(-1), num_grads)
+
+    return run
+
+
+def loop_build(
+    parts: list[Tensor],
+    num_grads: int,
+    damping: float,
+    calls: int = 1,
+    loop: Callable[..., None] = loop_,
+    steps: int | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The inverse by `loop_` from I / damping: blocks [K, B, B] for each part, and their diagonals [K, B]."""
     states = []
-    for part in block_parts(grads, block_size):
-        state = scaled_identity(part.shape[0], part.shape[2], 1 / damping, grads)
-        loop_(state, part, grads.shape[0])
+    for part in parts:
+        state = scaled_identity(part.shape[0], part.shape[2], 1 / damping, part)
+        for _ in range(calls):
+            loop(state, part, num_grads, steps)
         states.append(state)
-    return states, torch.cat([state.diagonal(dim1=1, dim2=2).flatten() for state in states])
-
-
-def strong_primal_build(grads: Tensor, block_size: int, damping: float) -> tuple[list[Tensor], Tensor]:
-    """The inverse by Gram, Cholesky and Cholesky inverse: blocks [K, B, B] for each part, and the inverse diagonal
-    [d].
-    """
-    states = []
-    for part in block_parts(grads, block_size):
-        fisher = scaled_identity(part.shape[0], part.shape[2], damping, grads)
-        fisher.baddbmm_(part.mT, part, alpha=1 / grads.shape[0])
-        factor = torch.linalg.cholesky_ex(fisher).L
-        states.append(torch.cholesky_inverse(factor))
-    return states, torch.cat([state.diagonal(dim1=1, dim2=2).flatten() for state in states])
-
-
-def strong_dual_build(grads: Tensor, block_size: int, damping: float) -> tuple[list[Tensor], Tensor]:
-    """The inverse as (I - V^T V) / damping with V = L^-1 G, L L^T = m damping I + G G^T: V^T [K, B, m] for each part,
-    and the inverse diagonal [d].   Solving for V^T from the right takes half the time of V from the left.
-    """
-    num_grads = grads.shape[0]
-    states, diagonals = [], []
-    for part in block_parts(grads, block_size):
-        gram = scaled_identity(part.shape[0], num_grads, num_grads * damping, grads)
-        gram.baddbmm_(part, part.mT)
-        factor = torch.linalg.cholesky_ex(gram).L
-        v = torch.linalg.solve_triangular(factor.mT, part.mT, upper=True, left=False)  # [K, B, m]
-        states.append(v)
-        diagonals.append(torch.linalg.vector_norm(v, dim=2).square_().neg_().add_(1).div_(damping).flatten())
-    return states, torch.cat(diagonals)
-
-
-def fisher_accumulate_(fisher: Tensor, grads: Tensor, num_grads: int) -> None:
-    """fisher += G^T G / m.   fisher [K, B, B], grads [K, k, B]."""
-    fisher.baddbmm_(grads.mT, grads, alpha=1 / num_grads)
+    return states, diagonals(states)
 
 
 def spd_inverse(matrix: Tensor) -> Tensor:
     """Inverse of every block: [K, B, B] -> [K, B, B]."""
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix).L)
+
+
+def spd_inverse_by_solve(matrix: Tensor) -> Tensor:
+    """The same as L^-T L^-1, L^-1 by a triangular solve: on GPUs some libraries invert a batch matrix after matrix."""
+    factor = torch.linalg.cholesky_ex(matrix).L
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return torch.bmm(inverse.mT, inverse)
+
+
+def spd_inverse_by_lu(matrix: Tensor) -> Tensor:
+    """The same by LU factors, which takes twice the operations but has its own batched routine on GPUs."""
+    return torch.linalg.inv_ex(matrix).inverse
+
+
+def strong_primal_build(
+    parts: list[Tensor],
+    num_grads: int,
+    damping: float,
+    calls: int = 1,
+    invert: Callable[[Tensor], Tensor] = spd_inverse,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The inverse by Gram, Cholesky and Cholesky inverse: blocks [K, B, B] for each part, and their diagonals
+    [K, B].
+    """
+    states = []
+    for part in parts:
+        fisher = scaled_identity(part.shape[0], part.shape[2], damping, part)
+        for _ in range(calls):
+            fisher.baddbmm_(part.mT, part, alpha=1 / num_grads)
+        states.append(invert(fisher))
+    return states, diagonals(states)
+
+
+def strong_dual_build(
+    parts: list[Tensor], num_grads: int, damping: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The inverse as (I - V^T V) / damping with V = L^-1 G, L L^T = m damping I + G G^T: V^T [K, B, m] for each part,
+    and its diagonal [K, B].   Solving for V^T from the right takes half the time of V from the left.
+    """
+    states, found = [], []
+    for part in parts:
+        gram = scaled_identity(part.shape[0], part.shape[1], num_grads * damping, part)
+        gram.baddbmm_(part, part.mT)
+        factor = torch.linalg.cholesky_ex(gram).L
+        v = torch.linalg.solve_triangular(factor.mT, part.mT, upper=True, left=False)  # [K, B, m]
+        states.append(v)
+        found.append(torch.linalg.vector_norm(v, dim=2).square_().neg_().add_(1).div_(damping))
+    return states, found
+
+
+def fisher_accumulate_(fisher: Tensor, grads: Tensor, num_grads: int) -> None:
+    """fisher += G^T G / m.   fisher [K, B, B], grads [K, k, B]."""
+    fisher.baddbmm_(grads.mT, grads, alpha=1 / num_grads)
 
 
 def woodbury_(f_inv: Tensor, grads: Tensor, num_grads: int) -> None:
@@ -139,15 +202,41 @@ def block_matvec_dual(grads: Tensor, factor: Tensor, damping: float, x: Tensor) 
     return torch.baddbmm(column, wide.mT, inner, alpha=-1).squeeze(-1).div_(damping)
 
 
+def fisher_vector_product(grads: Tensor, num_grads: int, x: Tensor) -> Tensor:
+    """G^T (G x) / m, in float64.   grads [K, m, B], x [K, B] -> [K, B]."""
+    wide = grads.double()
+    return torch.bmm(wide.mT, torch.bmm(wide, x.double().unsqueeze(-1))).squeeze(-1).div_(num_grads)
+
+
 def obs_saliency(weight: Tensor, inv_diag: Tensor) -> Tensor:
     """w^2 / (2 inv_diag): [d] -> [d]."""
     return weight.square() / (2 * inv_diag)
+
+
+def prune_mask(saliency: Tensor, dead: Tensor, num_zeros: int) -> Tensor:
+    """True for all but the num_zeros least salient, dead ones first; among equals all or none go.   [d] -> bool [d]."""
+    ranked = torch.where(dead, -torch.inf, saliency)
+    return ranked > torch.kthvalue(ranked, num_zeros).values
+
+
+def prune_mask_by_sort(saliency: Tensor, dead: Tensor, num_zeros: int) -> Tensor:
+    """The same by a sort, which GPUs do with all their processors, unlike one long selection."""
+    ranked = torch.where(dead, -torch.inf, saliency)
+    return ranked > ranked.sort().values[num_zeros - 1]
 
 
 def obs_update_(weight: Tensor, f_inv: Tensor, inv_diag: Tensor, mask: Tensor) -> None:
     """w -= F^-1 (w / inv_diag on the pruned), pruned set to 0.   all [K, B], f_inv [K, B, B]; mask True = keep."""
     x = torch.where(mask, 0, weight / inv_diag)
     weight.sub_(torch.bmm(f_inv, x.unsqueeze(-1)).squeeze(-1)).mul_(mask)
+
+
+def obs_update_dual_(
+    weight: Tensor, grads: Tensor, factor: Tensor, damping: float, inv_diag: Tensor, mask: Tensor
+) -> None:
+    """The same from the dual form, in float64.   weight, inv_diag, mask [K, B], grads [K, m, B], factor [K, m, m]."""
+    x = torch.where(mask, 0, weight / inv_diag)
+    weight.sub_(block_matvec_dual(grads, factor, damping, x)).mul_(mask)
 
 
 def obs_solve_primal_(weight: Tensor, f_inv: Tensor, mask: Tensor) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.contenders import NAMES, contender, worst_error
+from benchmarks.contenders import contender, names, worst_error
 from benchmarks.machine import peak_probes
 from benchmarks.problems import TABLES, TOLERANCE, Problem
 
@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     table = TABLES[metafunc.config.getoption("--table")]
     thread_ids = [f"{n}-thread" if n == 1 else f"{n}-threads" for n in THREADS]
     if "problem" in metafunc.fixturenames:
-        rows = [(problem, name) for problem in table for name in NAMES[problem.op]]
+        rows = [(problem, name) for problem in table for name in names(problem)]
         metafunc.parametrize("threads", THREADS, indirect=True, ids=thread_ids)
         metafunc.parametrize(("problem", "name"), rows, ids=[f"{p.name} {n}" for p, n in rows])
     elif "probe" in metafunc.fixturenames:
