@@ -3,6 +3,7 @@
 #   make test           lint and all tests
 #   make lint           ruff, clang-format, mypy
 #   make bench          time the kernels against two rivals
+#   make bench-gpu      the same on a GPU; with RESULTS=folder, and COMMIT=hash for a copy of the sources without git
 #   make test-sanitize  C++ tests and fuzzing under address and undefined-behaviour sanitizers
 #   make build          compile the extension in place
 #   make clean          remove what was built; .venv stays
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench test-sanitize build clean
+.PHONY: demo test lint bench bench-gpu test-sanitize build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -39,6 +40,13 @@ lint: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(BUILD)
 	$(BIN)/python -m benchmarks.run
+
+# A machine with a GPU has its own torch and perhaps no network, so nothing is installed.
+bench-gpu: GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+bench-gpu:
+	@$(GPU_PYTHON) -m benchmarks.machine
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m benchmarks.run --table gpu $(RESULTS:%=--out %) $(COMMIT:%=--commit %)
 
 test-sanitize: $(VENV)/build.stamp
 	$(BIN)/python tests/cpp/run.py

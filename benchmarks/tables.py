@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.problems import MEMORY_BAR, TABLES, TOLERANCE, Floor, Problem
+from benchmarks.contenders import names
+from benchmarks.problems import MEMORY_BAR, NATIVE_BAR, SWEEPS, TABLES, TOLERANCE, Floor, Problem
+from fastfisher.ops import BACKENDS
 
-Result = dict[str, Any]  # what run.py writes: machine, peaks, rows, memory, table, commit, command
+Result = dict[str, Any]  # what run.py writes: machine, device, peaks, rows, memory, table, commit, command
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
@@ -29,6 +31,27 @@ def seconds(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.3g} {unit}"
     return f"{value * 1e6:.3g} µs"
+
+
+def per_second(giga: float, unit: str) -> str:
+    """Three digits of a rate in billions: 60.3 GFLOP/s, 3.02 TB/s."""
+    return f"{giga / 1e3:.3g} T{unit}/s" if giga >= 999.5 else f"{giga:.3g} G{unit}/s"
+
+
+def on_gpu(result: Result) -> bool:
+    """Whether a result is of a GPU; those written before there was a choice are not."""
+    return result.get("device", "cpu") != "cpu"
+
+
+def problems_of(result: Result) -> list[Problem]:
+    """The rows of a result's table, on as many tensors of a network as there was room for."""
+    tensors = result.get("tensors", {})
+    return [p.prefix(tensors[p.name]) if p.network else p for p in TABLES[result["table"]]]
+
+
+def sweeps_of(result: Result) -> dict[str, tuple[Problem, ...]]:
+    """The sweeps beside them, by the size that grows."""
+    return SWEEPS.get(result["table"], {})
 
 
 def _row(result: Result, problem: Problem, threads: int, name: str) -> dict[str, Any] | None:
@@ -63,31 +86,47 @@ def ratio(result: Result, problem: Problem, threads: int, rival: str) -> float |
     return min(times) / ours["median"]
 
 
+def over_roofline(result: Result, problem: Problem) -> float | None:
+    """Our time in rooflines of the same run, None unless it passed its check."""
+    ours = _row(result, problem, 1, "ours")
+    if ours is None or not _passed(ours):
+        return None
+    median: float = ours["median"]
+    return median / problem.floor.seconds(*_peaks(result, 1, problem.floor))
+
+
+def _bar(what: str, least: float | None, most: float | None, value: float | None) -> dict[str, Any]:
+    asked = f"at least {least:g}" if least is not None else f"at most {most:g}"
+    passed = value is not None and (least is None or value >= least) and (most is None or value <= most)
+    return {"what": what, "bar": asked, "measured": value, "passed": passed}
+
+
+def _limit(result: Result, problem: Problem, limit: str, most: float) -> dict[str, Any]:
+    """One of a problem's limits as a bar."""
+    if limit == "floor":
+        return _bar(f"{problem.name}: time over the roofline", None, most, over_roofline(result, problem))
+    if limit == "seconds":
+        ours = _row(result, problem, 1, "ours")
+        value = 1e3 * ours["median"] if ours is not None and _passed(ours) else None
+        return _bar(f"{problem.name}: milliseconds", None, 1e3 * most, value)
+    used = result["memory"].get(problem.name)
+    share = used and (used["grads_bytes"] + used["peak_bytes"]) / (used["grads_bytes"] + used["state_bytes"])
+    return _bar(f"{problem.name}: peak memory over gradients and state", None, most, share)
+
+
 def bars(result: Result) -> list[dict[str, Any]]:
     """Every bar of the table: what, bar, measured (None where a check failed or nothing was measured), passed."""
     found = []
-    for problem in TABLES[result["table"]]:
-        for rival, bar in problem.bars.items():
+    where = "" if on_gpu(result) else ", 1 thread"
+    for problem in problems_of(result):
+        for rival, least in problem.bars.items():
             value = ratio(result, problem, 1, rival)
-            found.append(
-                {
-                    "what": f"{problem.name}, 1 thread: times as fast as {rival}",
-                    "bar": f"at least {bar:g}",
-                    "measured": value,
-                    "passed": value is not None and value >= bar,
-                }
-            )
-        if problem.name in result["memory"]:
-            used = result["memory"][problem.name]
-            value = used["peak_bytes"] / used["state_bytes"]
-            found.append(
-                {
-                    "what": f"{problem.name}: peak memory above the gradients over the state",
-                    "bar": f"at most {MEMORY_BAR:g}",
-                    "measured": value,
-                    "passed": value <= MEMORY_BAR,
-                }
-            )
+            found.append(_bar(f"{problem.name}{where}: times as fast as {rival}", least, None, value))
+        found += [_limit(result, problem, limit, most) for limit, most in problem.limits.items()]
+        used = result["memory"].get(problem.name)
+        if used and not problem.limits:
+            what = f"{problem.name}: peak memory above the gradients over the state"
+            found.append(_bar(what, None, MEMORY_BAR, used["peak_bytes"] / used["state_bytes"]))
     return found
 
 
@@ -104,41 +143,109 @@ def bars_table(result: Result) -> str:
     return markdown_table(["bar", "asked", "measured", "cleared"], rows)
 
 
+def _verdict(row: dict[str, Any] | None) -> str:
+    """Why a row shows no figure."""
+    if row is None:
+        return "not run"
+    if "failed" in row:
+        return "FAILED"
+    return "–" if "refused" in row else f"WRONG ({row['error']:.1e})"
+
+
 def rows_table(result: Result, threads: int) -> str:
     """One line a problem: our median time, rate, share of the peak, and the ratios to the rivals."""
     rows = []
-    for problem in TABLES[result["table"]]:
+    for problem in problems_of(result):
         ours = _row(result, problem, threads, "ours")
-        if not _passed(ours):
-            error = "not run" if ours is None else f"WRONG ({ours['error']})"
-            rows.append([problem.name, error, *["–"] * 4])
+        if ours is None or not _passed(ours):
+            rows.append([problem.name, _verdict(ours), *["–"] * 4])
             continue
-        assert ours is not None
         floor, time = problem.floor, ours["median"]
         peak_gflops, peak_gbs = _peaks(result, threads, floor)
         if floor.bound(peak_gflops, peak_gbs) == "flops":
-            rate, share = floor.flops / time / 1e9, floor.flops / time / 1e9 / peak_gflops
-            text = f"{rate:.3g} GFLOP/s"
+            rate, peak, text, of = floor.flops / time / 1e9, peak_gflops, "FLOP", floor.dtype
         else:
-            rate, share = floor.bytes / time / 1e9, floor.bytes / time / 1e9 / peak_gbs
-            text = f"{rate:.3g} GB/s"
+            rate, peak, text, of = floor.bytes / time / 1e9, peak_gbs, "B", "copy"
         ratios = [ratio(result, problem, threads, rival) for rival in ("loop", "strong")]
         rows.append(
             [
                 problem.name,
                 seconds(time),
-                text,
-                f"{share:.0%}",
+                per_second(rate, text),
+                f"{rate / peak:.0%} {of}",
                 *("–" if value is None else f"{value:.3g}x" for value in ratios),
             ]
         )
     return markdown_table(["problem", "median", "rate", "of peak", "vs loop", "vs strong"], rows)
 
 
+def rivals_table(result: Result) -> str:
+    """One line for each rival: its time, and from which part of the blocks it was scaled up."""
+    rows = []
+    for problem in problems_of(result):
+        for name in names(problem):
+            row = _row(result, problem, 1, name)
+            if name == "ours" or name in BACKENDS:
+                continue
+            time, of = _verdict(row), "–"
+            if row is not None and _passed(row):
+                fraction = round(problem.num_blocks / row["timed_blocks"])
+                time = seconds(row["median"])
+                of = "all blocks" if fraction == 1 else f"scaled from 1/{fraction} of the blocks"
+            rows.append([problem.name, name, time, of])
+    return markdown_table(["problem", "rival", "median", "timed"], rows)
+
+
+def backends_table(result: Result) -> str:
+    """CUDA against Triton for the ops that have both, and what follows for the CUDA kernel; "" where none has both."""
+    rows = []
+    for problem in problems_of(result):
+        cuda, triton = (_row(result, problem, 1, name) for name in ("native", "triton"))
+        if cuda is None or triton is None or "refused" in cuda or "refused" in triton:
+            continue
+        line = [problem.name, *(seconds(r["median"]) if _passed(r) else _verdict(r) for r in (cuda, triton))]
+        if _passed(cuda) and _passed(triton):
+            value = triton["median"] / cuda["median"]
+            line += [f"{value:.2f}x", "stays" if value >= NATIVE_BAR else "is to be deleted"]
+        rows.append([*line, "–", "undecided"][:5])
+    head = ["problem", "CUDA", "Triton", "Triton over CUDA", "the CUDA kernel"]
+    return markdown_table(head, rows) if rows else ""
+
+
+def growth_table(result: Result, problems: tuple[Problem, ...]) -> str:
+    """A sweep: the time of a build for each weight."""
+    rows = []
+    for problem in problems:
+        row = _row(result, problem, 1, "ours")
+        sizes = [f"{n:,}" for n in (problem.num_weights, problem.num_grads, problem.block_size)]
+        if row is not None and _passed(row):
+            each = f"{row['median'] / problem.num_weights * 1e9:.3g} ns"
+            times = f"{over_roofline(result, problem):.2g}"
+            rows.append([*sizes, problem.form, seconds(row["median"]), each, times])
+        else:
+            rows.append([*sizes, problem.form, _verdict(row), "–", "–"])
+    return markdown_table(["d", "m", "B", "form", "median", "a weight", "rooflines"], rows)
+
+
+def failures(result: Result) -> str:
+    """What failed and what was not reached, as a list; "" where nothing was."""
+    swept = (problem for sweep in sweeps_of(result).values() for problem in sweep)
+    lines, missing = [], 0
+    for problem in dict.fromkeys((*problems_of(result), *swept)):
+        for name in names(problem):
+            row = _row(result, problem, 1, name)
+            missing += row is None
+            if row is not None and "failed" in row:
+                lines.append(f"* {problem.name}, {name}: {row['failed']}")
+    if missing:
+        lines.append(f"* not reached in the time allowed: {missing} rows")
+    return "\n".join(lines)
+
+
 def floors_table(result: Result, threads: int = 1) -> str:
     """Floor, roofline and prediction beside the measured time."""
     rows = []
-    for problem in TABLES[result["table"]]:
+    for problem in problems_of(result):
         ours, floor = _row(result, problem, threads, "ours"), problem.floor
         peaks = _peaks(result, threads, floor)
         rows.append(
@@ -158,33 +265,61 @@ def floors_table(result: Result, threads: int = 1) -> str:
 
 def memory_table(result: Result) -> str:
     rows = [
-        [name, f"{used['state_bytes'] / 1e6:,.1f}", f"{used['peak_bytes'] / 1e6:,.1f}"]
+        [name, *(f"{used[key] / 1e6:,.1f}" for key in ("state_bytes", "peak_bytes"))]
         for name, used in result["memory"].items()
     ]
     return markdown_table(["build", "state, MB", "peak above the gradients, MB"], rows)
 
 
+def _machine(machine: dict[str, Any]) -> str:
+    gpu = ""
+    if "gpu" in machine:
+        gpu = (
+            f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, compute capability {machine['capability']}, CUDA "
+            f"{machine['cuda']}, Triton {machine['triton']}, CUDA kernels {machine['cuda_kernels']}; on "
+        )
+    return (
+        f"Machine: {gpu}{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; "
+        f"Python {machine['python']}, torch {machine['torch']} (BLAS: {machine['blas']}, vectors: "
+        f"{machine['vectors']}); fastfisher {machine['fastfisher']}"
+    )
+
+
+def _attainable(result: Result, threads: str) -> str:
+    peak, rates = result["peaks"][threads], result["rates"][threads]
+    of = "" if on_gpu(result) else f" with {threads} thread{'s' if threads != '1' else ''}"
+    more = "".join(
+        f", {per_second(rates[f'{name} mm'] / 1e9, 'FLOP')} in {text}"
+        for name, text in (("tf32", "TF32"), ("bf16", "bfloat16"))
+        if f"{name} mm" in rates
+    )
+    return (
+        f"Attainable{of}: {peak['float32_gflops']:.0f} GFLOP/s in float32 ({peak['float32_source']}), "
+        f"{peak['float64_gflops']:.0f} in float64 ({peak['float64_source']}){more}, "
+        f"{peak['copy_gbs']:.1f} GB/s (copy, read and write counted)."
+    )
+
+
 def page(result: Result) -> str:
     """Everything about one result, as markdown."""
-    machine = result["machine"]
     parts = [
-        f"Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; "
-        f"Python {machine['python']}, torch {machine['torch']} (BLAS: {machine['blas']}, vectors: "
-        f"{machine['vectors']}); fastfisher {machine['fastfisher']}, commit {result['commit']}, "
-        f"backend {result['backend']}.  Command: `{result['command']}`, {result['date']}, "
-        f"{result['minutes']:.1f} minutes.",
+        f"{_machine(result['machine'])}, commit {result['commit']}, backend {result['backend']}.  Command: "
+        f"`{result['command']}`, {result['date']}, {result['minutes']:.1f} minutes.",
+        *(_attainable(result, threads) for threads in result["peaks"]),
     ]
-    for threads, peak in result["peaks"].items():
-        parts.append(
-            f"Attainable with {threads} thread{'s' if threads != '1' else ''}: "
-            f"{peak['float32_gflops']:.0f} GFLOP/s in float32 ({peak['float32_source']}), "
-            f"{peak['float64_gflops']:.0f} in float64 ({peak['float64_source']}), "
-            f"{peak['copy_gbs']:.1f} GB/s (copy, read and write counted)."
-        )
-    parts += ["### Bars", bars_table(result)]
+    sections = {"Bars": bars_table(result)}
     for threads in map(int, result["peaks"]):
-        parts += [f"### {threads} thread{'s' if threads > 1 else ''}", rows_table(result, threads)]
-    parts += ["### Floors, predictions and results, 1 thread", floors_table(result)]
-    if result["memory"]:
-        parts += ["### Memory of a build, 1 thread", memory_table(result)]
+        title = "Rows" if on_gpu(result) else f"{threads} thread{'s' if threads > 1 else ''}"
+        sections[title] = rows_table(result, threads)
+    one = "" if on_gpu(result) else ", 1 thread"
+    if sweeps_of(result):
+        sections["CUDA against Triton"] = backends_table(result)
+        for size, problems in sweeps_of(result).items():
+            sections[f"Growth with {size}"] = growth_table(result, problems)
+        sections["Rivals"] = rivals_table(result)
+    sections[f"Floors, predictions and results{one}"] = floors_table(result)
+    sections[f"Memory of a build{one}"] = memory_table(result) if result["memory"] else ""
+    if sweeps_of(result):
+        sections["What is missing"] = failures(result)
+    parts += [f"### {title}\n\n{text}" for title, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"

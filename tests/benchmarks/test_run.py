@@ -65,10 +65,14 @@ def test_readme_is_filled_between_its_markers(
     result: tables.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n")
+    cpu, gpu = run.PARTS["full"], run.PARTS["gpu"]
+    page.write_text(f"before\n{cpu}\nold\n{run.END}\nbetween\n{gpu}\nold\n{run.END}\nafter\n")
     monkeypatch.setattr(run, "README", page)
-    run.write_readme("new")
-    assert page.read_text() == f"before\n{run.BEGIN}\n\nnew\n{run.END}\nafter\n"
+    run.write_readme("full", "new")
+    run.write_readme("gpu", "newer")
+    assert page.read_text() == (
+        f"before\n{cpu}\n\nnew\n{run.END}\nbetween\n{gpu}\n\nnewer\n{run.END}\nafter\n"
+    )
 
 
 def test_float64_peak_is_at_least_half_the_float32_one() -> None:
