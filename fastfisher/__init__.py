@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastfisher.fisher.blocks import BlockLayout as BlockLayout
     from fastfisher.fisher.inverse import FisherAccumulator as FisherAccumulator
     from fastfisher.fisher.inverse import FisherInverse as FisherInverse
+    from fastfisher.fisher.inverse import inverse_diagonal as inverse_diagonal
     from fastfisher.ops import explain as explain
     from fastfisher.ops import use_backend as use_backend
     from fastfisher.prune.pruner import plan as plan
@@ -33,6 +34,7 @@ _HOME = {
     "Report": "fastfisher.report",
     "errors": "fastfisher.errors",
     "explain": "fastfisher.ops",
+    "inverse_diagonal": "fastfisher.fisher.inverse",
     "ops": "fastfisher.ops",
     "plan": "fastfisher.prune.pruner",
     "prune": "fastfisher.prune.pruner",

@@ -138,6 +138,7 @@ def _table() -> list[Case]:
         Case("one weight", (1,), 1, num_rows=1, num_grads=1),
         Case("one block", (50,), 50, num_rows=1, num_grads=3),
         Case("many blocks", (64 * 8 + 3,), 8, num_rows=16, num_grads=16),
+        Case("two tiles", (140,), 130, num_rows=70, num_grads=70),
         Case("many tensors", (7, 50, 3, 120, 1), 50, num_rows=16, num_grads=20),
         Case("all in one block", (300, 100), None, num_rows=20, num_grads=20),
         Case("gap", (50, 50), 25, num_rows=7, gap=True),
@@ -161,3 +162,8 @@ def _table() -> list[Case]:
 
 
 CASES = _table()
+
+# What an interpreter that takes a tenth of a millisecond a line does not get through: large blocks cut in the same way
+# as those of "two tiles", and most kinds of gradients where they make no difference to how a block is cut.
+SLOW = ("B200", "B256", "B300", "all in one block", "many blocks", "k100", "k257")
+SLOW_DUAL = ("two tiles", "correlated", "aligned", "deficient", "duplicate", "sparse", "decaying")

@@ -14,6 +14,7 @@ from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher import parts as _parts
 from fastfisher.fisher.blocks import BlockLayout, covered
 from fastfisher.fisher.parts import Part
+from fastfisher.fisher.streaming import streamed
 from fastfisher.ops.memory import empty_state, zero_state
 from fastfisher.ops.threads import torch_on_one_thread
 
@@ -66,6 +67,7 @@ class FisherInverse:
         num_grads: int | None = None,
         form: str = "auto",
         sizes: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
     ) -> FisherInverse:
         """F⁻¹ of F = λ I + (1/m) Σ g gᵀ in blocks of B weights, from all gradients at once.
 
@@ -76,17 +78,23 @@ class FisherInverse:
         form: "auto" takes "primal" for k >= B and "dual" below; "rank1" and "woodbury" update a running
         inverse.
         sizes: of the parameter tensors that [k, d] consists of; no block crosses one.   Default: one tensor.
+        device: where the inverse is built; default, where the gradients are.  Gradients in CPU memory stream to a GPU
+        while it works on those before them, if their memory is pinned.
         Raises FastFisherError on wrong input, FisherError where float64 cannot hold a block.
         Source: WoodFisher, eqs. 3.1 to 3.5.
         """
         layout, flat, own = _flat_grads(grads, block_size, sizes)
-        m = flat.shape[0] if num_grads is None else num_grads
+        m = _checked_num_grads(flat, num_grads)
         _check_options(damping, damping_mode, form)
-        if m < flat.shape[0]:
-            raise FastFisherError(f"num_grads must be at least the {flat.shape[0]} rows of grads, got {m}")
         form = choose_form(form, flat.shape[0], layout.block_size)
         if damping_mode == "relative":
             damping = _absolute(damping, float(sum_of_squares(flat)) / (m * layout.num_weights))
+        if device is not None and torch.device(device) != flat.device:
+            accumulator = FisherAccumulator(
+                layout, num_grads=m, num_rows=flat.shape[0], damping=damping, form=form, device=device
+            )
+            accumulator.add(flat)
+            return accumulator.finish()
         dtype = _parts.state_dtype(flat.dtype)
         if form == "dual":
             state = flat if own else empty_state(tuple(flat.shape), flat.dtype, flat.device).copy_(flat)
@@ -298,11 +306,43 @@ class FisherInverse:
             raise FastFisherError(f"weight must be [{self.layout.num_weights}], got {list(weight.shape)}")
 
 
+@torch_on_one_thread()
+def inverse_diagonal(
+    grads: Tensor | Mapping[str, Tensor],
+    *,
+    block_size: int | None,
+    damping: float,
+    damping_mode: str = "absolute",
+    num_grads: int | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Any:
+    """diag F⁻¹ of F = λ I + (1/m) Σ g gᵀ in blocks of B weights, straight from the gradients; no inverse is kept.
+
+    The arguments are those of `FisherInverse.from_grads`.
+    Returns a new [d], float64 for float64 gradients and else float32; named tensors for named gradients.
+    Raises FastFisherError on wrong input, FisherError where float64 cannot hold a block.
+    Source: WoodFisher, eqs. 2.13 and 3.1 to 3.5.
+    """
+    layout, flat, _ = _flat_grads(grads, block_size, sizes)
+    m = _checked_num_grads(flat, num_grads)
+    _check_options(damping, damping_mode, "auto")
+    if damping_mode == "relative":
+        damping = _absolute(damping, float(sum_of_squares(flat)) / (m * layout.num_weights))
+    out = torch.empty(layout.num_weights, dtype=_parts.state_dtype(flat.dtype), device=flat.device)
+    if choose_form("auto", flat.shape[0], layout.block_size) == "dual":
+        _parts.dual_diagonal(flat, layout, num_grads=m, damping=damping, out=out)
+    else:
+        ids = _parts.block_ids(0, layout.num_blocks)
+        _parts.primal_diagonal(flat, layout, ids, num_grads=m, damping=damping, out=out)
+    return layout.unflatten(out) if isinstance(grads, Mapping) else out
+
+
 class FisherAccumulator:
     """Gathers gradients as they come and makes the inverse at the end, in the form that suits their number.
 
-    layout: the blocks.   num_grads: m, how many gradients will come.   damping, damping_mode, form: as in
-    `from_grads`.
+    layout: the blocks.   num_grads: m, the divisor.   num_rows: how many gradients will come, default all m.
+    damping, damping_mode, form: as in `from_grads`.
+    device: where the states are, default where the first gradients are; gradients from elsewhere stream there.
     dtype: in which the primal form adds up; float64 lets a block be mended when no gradient is at hand any
     more. The dual form keeps the gradients [m, d] in the dtype of the first that come; the other forms keep
     [K, B, B]. "rank1" and "woodbury" keep the inverse valid all the time and cannot be mended: they raise
@@ -318,11 +358,16 @@ class FisherAccumulator:
         damping_mode: str = "absolute",
         form: str = "auto",
         dtype: torch.dtype = torch.float64,
+        num_rows: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if num_grads < 1:
             raise FastFisherError(f"num_grads must be at least 1, got {num_grads}")
+        self._num_rows = num_grads if num_rows is None else num_rows
+        if not 1 <= self._num_rows <= num_grads:
+            raise FastFisherError(f"num_rows must be 1 to num_grads={num_grads}, got {num_rows}")
         _check_options(damping, damping_mode, form)
-        self.form = choose_form(form, num_grads, layout.block_size)
+        self.form = choose_form(form, self._num_rows, layout.block_size)
         if self.form in ("rank1", "woodbury") and damping_mode == "relative":
             raise FastFisherError(
                 f"form={form!r} needs the damping before the first gradient, got damping_mode='relative'"
@@ -332,6 +377,7 @@ class FisherAccumulator:
         self.layout = layout
         self.num_grads = num_grads
         self.count = 0
+        self._device = None if device is None else torch.device(device)
         self._damping = damping
         self._damping_mode = damping_mode
         self._dtype = dtype
@@ -349,15 +395,20 @@ class FisherAccumulator:
         """
         if grads.ndim != 2 or grads.shape[1] != self.layout.num_weights:
             raise FastFisherError(f"grads must be [k, {self.layout.num_weights}], got {list(grads.shape)}")
-        if self.count + grads.shape[0] > self.num_grads:
+        if self.count + grads.shape[0] > self._num_rows:
             raise FastFisherError(
-                f"num_grads={self.num_grads} were announced, got {self.count + grads.shape[0]} so far"
+                f"num_grads={self._num_rows} were announced, got {self.count + grads.shape[0]} so far"
             )
         if self._grads_dtype not in (None, grads.dtype):
             raise FastFisherError(f"grads must be {self._grads_dtype} as before, got {grads.dtype}")
-        if grads.shape[0] == 0:
-            return
-        grads = grads.detach()
+        if not grads.is_floating_point():
+            raise FastFisherError(f"grads must be of a float dtype, got {grads.dtype}")
+        self._grads_dtype = grads.dtype
+        for piece in streamed(grads.detach(), self._device or grads.device):
+            self._take(piece)
+
+    def _take(self, grads: Tensor) -> None:
+        """Take in gradients that are where the states are."""
         if not self._states:
             self._allocate(grads)
         if self._damping_mode == "relative":
@@ -380,8 +431,8 @@ class FisherAccumulator:
         Raises FastFisherError when fewer than num_grads gradients have come, FisherError where a block breaks
         down.
         """
-        if self.count < self.num_grads:
-            raise FastFisherError(f"num_grads={self.num_grads} were announced, got only {self.count}")
+        if self.count < self._num_rows:
+            raise FastFisherError(f"num_grads={self._num_rows} were announced, got only {self.count}")
         assert self._grads_dtype is not None
         damping = self._damping
         if self._damping_mode == "relative":
@@ -413,11 +464,9 @@ class FisherAccumulator:
 
     def _allocate(self, grads: Tensor) -> None:
         """Make the states on the device of the first gradients."""
-        if not grads.is_floating_point():
-            raise FastFisherError(f"grads must be of a float dtype, got {grads.dtype}")
-        self._grads_dtype = grads.dtype
         if self.form == "dual":
-            self._states = [empty_state((self.num_grads, self.layout.num_weights), grads.dtype, grads.device)]
+            shape = (self._num_rows, self.layout.num_weights)
+            self._states = [empty_state(shape, grads.dtype, grads.device)]
             return
         running = self.form != "primal"
         dtype = _parts.state_dtype(grads.dtype) if running else self._dtype
@@ -478,6 +527,15 @@ def _absolute(damping: float, mean_diagonal: float) -> float:
             f"damping_mode='relative' needs a positive, finite mean Fisher diagonal, got {mean_diagonal:g}"
         )
     return damping * mean_diagonal
+
+
+def _checked_num_grads(flat: Tensor, num_grads: int | None) -> int:
+    """m: as given, or the number of rows."""
+    if num_grads is not None and num_grads < flat.shape[0]:
+        raise FastFisherError(
+            f"num_grads must be at least the {flat.shape[0]} rows of grads, got {num_grads}"
+        )
+    return flat.shape[0] if num_grads is None else num_grads
 
 
 def _check_options(damping: float, damping_mode: str, form: str) -> None:

@@ -60,9 +60,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def blocks_per_group(layout: BlockLayout, dtype: torch.dtype, device: torch.device) -> int:
+    """How many blocks of a layout have a state of about GROUP_BYTES."""
+    group = GROUP_BYTES.get(device.type, GROUP_BYTES["cpu"])
+    return max(1, group // (layout.block_size**2 * dtype.itemsize))
+
+
 def groups(layout: BlockLayout, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[int, int]]:
     """The blocks of a layout in ranges whose state takes about GROUP_BYTES."""
-    size = max(1, GROUP_BYTES.get(device.type, GROUP_BYTES["cpu"]) // (layout.block_size**2 * dtype.itemsize))
+    size = blocks_per_group(layout, dtype, device)
     for first in range(0, layout.num_blocks, size):
         yield first, min(first + size, layout.num_blocks)
 
@@ -145,6 +151,68 @@ def primal_parts(
 
 
 @torch_on_one_thread()
+def primal_diagonal(
+    grads: Tensor, layout: BlockLayout, ids: Tensor, *, num_grads: int, damping: float, out: Tensor
+) -> None:
+    """diag F⁻¹ of the blocks `ids` into out [d], in its dtype, and in float64 where that is not enough.
+
+    Raises FisherError where float64 fails too.
+    """
+    blocks = select(layout.blocks.to(grads.device), ids)
+
+    def build(diagonal: Tensor, some: Tensor) -> Tensor:
+        ranges = select(blocks, some)
+        condition, amplification = torch.empty(2, len(some), dtype=torch.float64, device=grads.device)
+        ops.inverse_diagonal_from_grads(
+            diagonal,
+            grads,
+            ranges,
+            num_grads,
+            condition,
+            amplification,
+            block_size=layout.block_size,
+            damping=damping,
+        )
+        return (unit_roundoff(diagonal) * amplification > TOLERANCE).cpu()
+
+    everything = torch.arange(len(ids))
+    bad = everything[build(out, everything)]
+    if len(bad) == 0:
+        return
+    wide = out if out.dtype == torch.float64 else out.double()
+    hopeless = bad if wide is out else bad[build(wide, bad)]
+    if len(hopeless):
+        raise broken(layout, int(ids[hopeless[0]]), damping, num_grads)
+    out.copy_(wide)
+
+
+@torch_on_one_thread()
+def dual_diagonal(grads: Tensor, layout: BlockLayout, *, num_grads: int, damping: float, out: Tensor) -> None:
+    """diag F⁻¹ of all blocks into out [d] from their m x m factors, a group of blocks at a time.
+
+    Blocks whose factor loses too much are computed in the primal form.   Raises FisherError where float64 fails too.
+    """
+    k = grads.shape[0]
+    blocks = layout.blocks.to(grads.device)
+    at_once = max(1, GROUP_BYTES.get(grads.device.type, GROUP_BYTES["cpu"]) // (8 * k * k))
+    doubtful = []
+    for first in range(0, layout.num_blocks, at_once):
+        ids = block_ids(first, min(first + at_once, layout.num_blocks))
+        ranges = select(blocks, ids)
+        factor = empty_state((len(ids), k, k), torch.float64, grads.device)
+        scaled = torch.empty(len(ids), dtype=torch.float64, device=grads.device)
+        ops.dual_factor_(factor, grads, ranges, num_grads, damping, scaled)
+        ops.inverse_diagonal(grads, ranges, out=out, factor=factor, damping=damping)
+        error, _ = _dual_errors(grads, factor, ranges, layout.block_size, scaled, num_grads, damping)
+        doubtful.append(ids[(~(error <= TOLERANCE)).cpu()])
+    rest = torch.cat(doubtful)
+    if len(rest):
+        if layout.block_size > LARGEST_MENDED_BLOCK:
+            raise broken(layout, int(rest[0]), damping, num_grads)
+        primal_diagonal(grads, layout, rest, num_grads=num_grads, damping=damping, out=out)
+
+
+@torch_on_one_thread()
 def running_parts(
     grads: Tensor, layout: BlockLayout, *, form: str, num_grads: int, damping: float
 ) -> tuple[list[Part], Tensor]:
@@ -197,8 +265,8 @@ def dual_parts(
         return [Part(grads, factor, blocks, ids, refine)], condition
     mender = _Mender(layout, num_grads, damping, grads.device)
     build = grads_build(grads, blocks, num_grads, damping)
-    for b in ids[~good]:
-        mender.mend(build, b[None], condition, hopeless=layout.block_size > LARGEST_MENDED_BLOCK)
+    for piece in ids[~good].split(blocks_per_group(layout, torch.float64, grads.device)):
+        mender.mend(build, piece, condition, hopeless=layout.block_size > LARGEST_MENDED_BLOCK)
     kept = ids[good]
     dual = (
         [Part(grads, factor[good.to(factor.device)], select(blocks, kept), kept, refine)] if len(kept) else []
@@ -355,11 +423,11 @@ class _Shelf:
 
     def keep(self, ids: Tensor, good: Tensor) -> None:
         """Keep those of the blocks `ids`, just written into `room`, that are good."""
-        state = self.room(len(ids))
-        kept = good.nonzero().squeeze(1).tolist()
-        for to, origin in enumerate(kept):
-            if to != origin:
-                state[to] = state[origin]
+        kept = good.nonzero().squeeze(1)
+        stay = int((kept == torch.arange(len(kept))).sum())  # blocks before the first gap
+        if stay < len(kept):
+            state = self.room(len(ids))
+            state[stay : len(kept)] = state[kept[stay:].to(state.device)]
         self.ids.append(ids[good])
         self.count += len(kept)
 

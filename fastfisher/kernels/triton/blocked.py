@@ -14,7 +14,12 @@ from torch import Tensor
 
 from fastfisher.kernels.triton import tuning
 from fastfisher.kernels.triton.launch import launch, power_of_two
-from fastfisher.kernels.triton.tiles import cholesky_inverse_by_panels, matmul, triangular_inverse
+from fastfisher.kernels.triton.tiles import (
+    cholesky_and_inverse,
+    cholesky_inverse_by_panels,
+    matmul,
+    triangular_inverse,
+)
 
 SQUARE = 64  # rows and columns of a tile where all tiles are alike
 
@@ -47,13 +52,14 @@ def _pivot(
     lower = tl.load(at, mask=inside, other=0.0)
     D = lower + tl.trans(tl.where(i[:, None] > i[None, :], lower, 0.0))
     D = tl.where((i[:, None] == i[None, :]) & (J + i >= n)[:, None], 1.0, D)
-    X, failures = cholesky_inverse_by_panels(D, tl.minimum(n - J, TILE), TILE, 16)
-    tl.store(failed + b, tl.load(failed + b) + failures)
-    tl.store(pivots + b * TILE * TILE + i[:, None] * TILE + i[None, :], X)
     if SWEEP:
+        X, failures = cholesky_inverse_by_panels(D, tl.minimum(n - J, TILE), TILE, 16)
         tl.store(at, -matmul(tl.trans(X), X, "ieee"), mask=inside)
     else:
-        tl.store(at, matmul(D, tl.trans(X), "ieee"), mask=inside)
+        L, X, failures = cholesky_and_inverse(D, TILE)
+        tl.store(at, L, mask=inside)
+    tl.store(failed + b, tl.load(failed + b) + failures)
+    tl.store(pivots + b * TILE * TILE + i[:, None] * TILE + i[None, :], X)
 
 
 @triton.jit
@@ -73,21 +79,32 @@ def _panel(
     """The other rows P of panel J: H = P L⁻ᵀ goes to `panel`, and P becomes H, or H L⁻¹ in a sweep."""
     tiles = tl.cdiv(n, TILE) - first
     b = (tl.program_id(0) // tiles).to(tl.int64)
-    I = (first + tl.program_id(0) % tiles) * TILE
-    if I != J:
+    row0 = (first + tl.program_id(0) % tiles) * TILE
+    if row0 != J:
         i = tl.arange(0, TILE)
         at, inside = _tile(
-            matrix + b * matrix_stride, tl.maximum(I, J), tl.minimum(I, J), n, row_stride, column_stride, TILE
+            matrix + b * matrix_stride,
+            tl.maximum(row0, J),
+            tl.minimum(row0, J),
+            n,
+            row_stride,
+            column_stride,
+            TILE,
         )
         P = tl.load(at, mask=inside, other=0.0)
-        if I < J:
+        if row0 < J:
             P = tl.trans(P)
         X = tl.load(pivots + b * TILE * TILE + i[:, None] * TILE + i[None, :])
         H = matmul(P, tl.trans(X), "ieee")
-        tl.store(panel + (b * n + I + i)[:, None] * TILE + i[None, :], H, mask=(I + i < n)[:, None])
+        if not SWEEP:
+            # one step of refinement: a factor is solved with later, and an explicit inverse alone would cost it digits
+            square, there = _tile(matrix + b * matrix_stride, J, J, n, row_stride, column_stride, TILE)
+            L = tl.load(square, mask=there, other=0.0)
+            H += matmul(P - matmul(H, tl.trans(L), "ieee"), tl.trans(X), "ieee")
+        tl.store(panel + (b * n + row0 + i)[:, None] * TILE + i[None, :], H, mask=(row0 + i < n)[:, None])
         if SWEEP:
             H = matmul(H, X, "ieee")
-            if I < J:
+            if row0 < J:
                 H = tl.trans(H)
         tl.store(at, H, mask=inside)
 
@@ -108,13 +125,13 @@ def _update(
     tiles = tl.cdiv(n, TILE) - first
     pair = tl.program_id(0) % (tiles * tiles)
     b = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
-    I, K = (first + pair // tiles) * TILE, (first + pair % tiles) * TILE
-    if (K <= I) & (I != J) & (K != J):
-        at, inside = _tile(matrix + b * matrix_stride, I, K, n, row_stride, column_stride, TILE)
+    row0, column0 = (first + pair // tiles) * TILE, (first + pair % tiles) * TILE
+    if (column0 <= row0) & (row0 != J) & (column0 != J):
+        at, inside = _tile(matrix + b * matrix_stride, row0, column0, n, row_stride, column_stride, TILE)
         i = tl.arange(0, TILE)
         base = panel + b * n * TILE + i[None, :]
-        left = tl.load(base + (I + i)[:, None] * TILE, mask=(I + i < n)[:, None], other=0.0)
-        right = tl.load(base + (K + i)[:, None] * TILE, mask=(K + i < n)[:, None], other=0.0)
+        left = tl.load(base + (row0 + i)[:, None] * TILE, mask=(row0 + i < n)[:, None], other=0.0)
+        right = tl.load(base + (column0 + i)[:, None] * TILE, mask=(column0 + i < n)[:, None], other=0.0)
         A = tl.load(at, mask=inside, other=0.0)
         tl.store(at, A - matmul(left, tl.trans(right), "ieee"), mask=inside)
 
@@ -155,9 +172,9 @@ def _finish(matrix, n: tl.int32, failed, TILE: tl.constexpr):
     tiles = tl.cdiv(n, TILE)
     pair = tl.program_id(0) % (tiles * tiles)
     b = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
-    I, J = pair // tiles * TILE, pair % tiles * TILE
-    if J <= I:
-        i, j = I + tl.arange(0, TILE), J + tl.arange(0, TILE)
+    row0, column0 = pair // tiles * TILE, pair % tiles * TILE
+    if column0 <= row0:
+        i, j = row0 + tl.arange(0, TILE), column0 + tl.arange(0, TILE)
         base = matrix + b * n * n
         lower = base + i[:, None] * n + j[None, :]
         inside = (i < n)[:, None] & (i[:, None] >= j[None, :])
@@ -176,10 +193,10 @@ def _norms(matrix, n: tl.int32, scale, weight, partial, TILE: tl.constexpr):
     tiles = tl.cdiv(n, TILE)
     pair = tl.program_id(0) % (tiles * tiles)
     b = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
-    I, J = pair // tiles * TILE, pair % tiles * TILE
+    row0, column0 = pair // tiles * TILE, pair % tiles * TILE
     both, columns = tl.full([], 0.0, tl.float64), tl.full([], 0.0, tl.float64)
-    if J <= I:
-        i, j = I + tl.arange(0, TILE), J + tl.arange(0, TILE)
+    if column0 <= row0:
+        i, j = row0 + tl.arange(0, TILE), column0 + tl.arange(0, TILE)
         inside = (i < n)[:, None] & (i[:, None] >= j[None, :])
         C = tl.load(matrix + b * n * n + i[:, None] * n + j[None, :], mask=inside, other=0.0).to(tl.float64)
         s_i = tl.load(scale + b * n + i, mask=i < n, other=0.0)
@@ -280,16 +297,16 @@ def _square_inverses(factor, k: tl.int32, squares, TILE: tl.constexpr):
 
 
 @triton.jit
-def _inverse_rows(factor, k: tl.int32, squares, out, I: tl.int32, TILE: tl.constexpr):
-    """Row I of tiles of X = L⁻¹, from the rows above: X_IJ = L_II⁻¹ (1 − Σ_M L_IM X_MJ), J <= M < I."""
-    b, J = (tl.program_id(0) // (I + 1)).to(tl.int64), tl.program_id(0) % (I + 1)
+def _inverse_rows(factor, k: tl.int32, squares, out, R: tl.int32, TILE: tl.constexpr):
+    """Row R of tiles of X = L⁻¹, from the rows above: X_RJ = L_RR⁻¹ (1 − Σ_M L_RM X_MJ), J <= M < R."""
+    b, J = (tl.program_id(0) // (R + 1)).to(tl.int64), tl.program_id(0) % (R + 1)
     tiles = tl.cdiv(k, TILE)
     i = tl.arange(0, TILE)
-    X = tl.load(squares + (b * tiles + I) * TILE * TILE + i[:, None] * TILE + i[None, :])
-    rows, columns = I * TILE + i, J * TILE + i
-    if J < I:
+    X = tl.load(squares + (b * tiles + R) * TILE * TILE + i[:, None] * TILE + i[None, :])
+    rows, columns = R * TILE + i, J * TILE + i
+    if J < R:
         total = tl.zeros([TILE, TILE], X.dtype)
-        for M in range(J, I):
+        for M in range(J, R):
             m = M * TILE + i
             L = tl.load(
                 factor + b * k * k + m[None, :] * k + rows[:, None],
@@ -316,5 +333,5 @@ def factor_inverse(factor: Tensor, out: Tensor) -> None:
     tiles = triton.cdiv(k, tile)
     squares = torch.empty(K, tiles, tile, tile, dtype=factor.dtype, device=factor.device)
     launch(_square_inverses, (K * tiles,), factor, k, squares, options=options)
-    for I in range(tiles):
-        launch(_inverse_rows, (K * (I + 1),), factor, k, squares, out, I, options=options)
+    for R in range(tiles):
+        launch(_inverse_rows, (K * (R + 1),), factor, k, squares, out, R, options=options)

@@ -36,11 +36,11 @@ def _gram(
     pair = tl.program_id(0) // num_pieces % (tiles * tiles)
     b = (tl.program_id(0) // (num_pieces * tiles * tiles)).to(tl.int64)
     num_blocks = tl.num_programs(0) // (num_pieces * tiles * tiles)
-    I, J = pair // tiles * TILE, pair % tiles * TILE
-    i, j = I + tl.arange(0, TILE), J + tl.arange(0, TILE)
+    row0, column0 = pair // tiles * TILE, pair % tiles * TILE
+    i, j = row0 + tl.arange(0, TILE), column0 + tl.arange(0, TILE)
     start, n = block_range(blocks, b)
     C = tl.zeros([TILE, TILE], tl.float64)
-    if J >= I:
+    if column0 >= row0:
         for column in range(piece * COLUMNS, n, num_pieces * COLUMNS):
             c = column + tl.arange(0, COLUMNS)
             here = c < n

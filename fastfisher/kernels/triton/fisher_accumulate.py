@@ -31,16 +31,16 @@ def _accumulate(
     tiles: tl.constexpr = (B + TILE - 1) // TILE
     pair = tl.program_id(0) % (tiles * tiles)
     b = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
-    I, J = pair // tiles * TILE, pair % tiles * TILE
+    row0, column0 = pair // tiles * TILE, pair % tiles * TILE
     start, n = block_range(blocks, b)
-    if (J <= I) & (I < n):
+    if (column0 <= row0) & (row0 < n):
         scale = 1.0 / tl.full([], num_grads, T)
         F = tl.zeros([TILE, TILE], T)
         for row in range(0, num_rows, ROWS):  # in short sums, see inverse_from_grads
-            right = as_operand(grads_tile(grads, stride, row, num_rows, start, J, n, ROWS, TILE), T)
-            left = as_operand(grads_tile(grads, stride, row, num_rows, start, I, n, ROWS, TILE), T)
+            right = as_operand(grads_tile(grads, stride, row, num_rows, start, column0, n, ROWS, TILE), T)
+            left = as_operand(grads_tile(grads, stride, row, num_rows, start, row0, n, ROWS, TILE), T)
             F += matmul(tl.trans(left), right, PRECISION) * scale
-        i, j = I + tl.arange(0, TILE), J + tl.arange(0, TILE)
+        i, j = row0 + tl.arange(0, TILE), column0 + tl.arange(0, TILE)
         inside = (i < n)[:, None] & (i[:, None] >= j[None, :])
         at = fisher + b * B * B + i[:, None] * B + j[None, :]
         tl.store(at, tl.load(at, mask=inside, other=0.0) + F, mask=inside)

@@ -56,11 +56,11 @@ def _dual(
     X = inverse + b * k * k
     for column in range(tl.program_id(0) % num_pieces * COLUMNS, n, num_pieces * COLUMNS):
         squares = tl.zeros([COLUMNS], tl.float64)
-        for I in range(0, k, TILE):
+        for row0 in range(0, k, TILE):
             V = tl.zeros([TILE, COLUMNS], tl.float64)
-            for M in range(0, I + TILE, TILE):
-                lower = (I + i < k)[:, None] & (I + i[:, None] >= M + i[None, :])
-                left = tl.load(X + (I + i)[:, None] * k + M + i[None, :], mask=lower, other=0.0)
+            for M in range(0, row0 + TILE, TILE):
+                lower = (row0 + i < k)[:, None] & (row0 + i[:, None] >= M + i[None, :])
+                left = tl.load(X + (row0 + i)[:, None] * k + M + i[None, :], mask=lower, other=0.0)
                 G = as_float64(grads_tile(grads, stride, M, k, start, column, n, TILE, COLUMNS))
                 V += matmul(left, G, "ieee")
             squares += tl.sum(V * V, axis=0)

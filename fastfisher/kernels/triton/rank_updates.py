@@ -174,7 +174,7 @@ def _downdate(f_inv, V, blocks, failed, B: tl.constexpr, TILE: tl.constexpr, ROW
     tiles: tl.constexpr = (B + TILE - 1) // TILE
     pair = tl.program_id(0) % (tiles * tiles)
     b = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
-    start, n = block_range(blocks, b)
+    _, n = block_range(blocks, b)
     i = pair // tiles * TILE + tl.arange(0, TILE)
     j = pair % tiles * TILE + tl.arange(0, TILE)
     if pair % tiles <= pair // tiles:

@@ -83,7 +83,7 @@ def as_operand(tile, T: tl.constexpr):
 
     Products of half precision are exact in float32 and stay what they are: the matrix units take them as such.
     """
-    if T == tl.float64:
+    if tl.float64 == T:
         return as_float64(tile)
     elif HALF_DOT and (tile.dtype == tl.float16 or tile.dtype == tl.bfloat16):
         return tile
@@ -107,10 +107,11 @@ def square_root(x):
 
 
 @triton.jit
-def cholesky_inverse(D, W: tl.constexpr):
-    """L⁻¹ of D = L Lᵀ [W, W], and how many pivots were unusable: elimination of D and I side by side."""
+def cholesky_and_inverse(D, W: tl.constexpr):
+    """L and L⁻¹ of D = L Lᵀ [W, W], and how many pivots were unusable: elimination of D and I side by side."""
     i = tl.arange(0, W)
     X = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(D.dtype)
+    L = tl.zeros([W, W], D.dtype)
     failures = 0
     for j in range(W):
         column = tl.sum(tl.where((i == j)[None, :], D, 0.0), axis=1)  # D[:, j]
@@ -120,12 +121,19 @@ def cholesky_inverse(D, W: tl.constexpr):
         x = tl.sum(tl.where((i == j)[:, None], X, 0.0), axis=0)  # X[j, :]
         pivot = tl.sum(tl.where(i == j, column, 0.0))
         failures += tl.where(usable(pivot), 0, 1)
-        scale = 1.0 / square_root(pivot)
-        below = tl.where(i > j, column * scale, 0.0)
-        beside = tl.where(i > j, row * scale, 0.0)
-        x = x * scale
+        root = square_root(pivot)
+        column, row, x = column / root, row / root, x / root
+        L = tl.where((i == j)[None, :], tl.where(i >= j, column, 0.0)[:, None], L)
+        below, beside = tl.where(i > j, column, 0.0), tl.where(i > j, row, 0.0)
         D -= below[:, None] * beside[None, :]
         X = tl.where((i == j)[:, None], x[None, :], X - below[:, None] * x[None, :])
+    return L, X, failures
+
+
+@triton.jit
+def cholesky_inverse(D, W: tl.constexpr):
+    """L⁻¹ of D = L Lᵀ [W, W], and how many pivots were unusable."""
+    _, X, failures = cholesky_and_inverse(D, W)
     return X, failures
 
 
@@ -198,7 +206,7 @@ def spd_inverse(A, n, BP: tl.constexpr, W: tl.constexpr):
     """
     i = tl.arange(0, BP)
     failures = 0
-    for J in range(0, tl.cdiv(n, W)):
+    for J in range(tl.cdiv(n, W)):
         P = panel_of(A, J, BP, W)  # [BP, W]
         X, failed = cholesky_inverse(square_of(P, J, BP, W), W)  # L⁻¹
         failures += failed
@@ -216,7 +224,7 @@ def cholesky_inverse_by_panels(A, n, BP: tl.constexpr, W: tl.constexpr):
     i = tl.arange(0, BP)
     X = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(A.dtype)
     failures = 0
-    for J in range(0, tl.cdiv(n, W)):
+    for J in range(tl.cdiv(n, W)):
         P = panel_of(A, J, BP, W)
         L_inverse, failed = cholesky_inverse(square_of(P, J, BP, W), W)
         failures += failed

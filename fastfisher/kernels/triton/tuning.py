@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,20 +99,20 @@ TABLE = (
     _row("small", ANY, num_warps=4, num_stages=1, ENTRIES=2048),
 )
 
-_override: ContextVar[dict[str, dict[str, Any]]] = ContextVar("fastfisher_tuning", default={})
+_override: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("fastfisher_tuning", default=None)
 
 
 @contextlib.contextmanager
 def override(op: str, **parameters: Any) -> Iterator[None]:
     """Use other parameters for an op inside the `with` block; what is not named stays as the table says."""
-    token = _override.set({**_override.get(), op: parameters})
+    token = _override.set({**(_override.get() or {}), op: parameters})
     try:
         yield
     finally:
         _override.reset(token)
 
 
-@lru_cache(maxsize=None)
+@cache
 def architecture(device: torch.device) -> int:
     """10 times major plus minor of the compute capability; without a GPU, in the interpreter, the oldest supported."""
     if device.type != "cuda":
@@ -126,5 +126,5 @@ def parameters(op: str, size: int, tensor: Tensor) -> dict[str, Any]:
     arch, itemsize = architecture(tensor.device), max(4, tensor.itemsize)
     for row in TABLE:
         if row.op == op and size <= row.size and itemsize >= row.itemsize and arch >= row.since:
-            return {**row.parameters, **_override.get().get(op, {})}
+            return {**row.parameters, **(_override.get() or {}).get(op, {})}
     raise LookupError(f"the tuning table has no row for {op} of size {size} in {tensor.dtype}")
