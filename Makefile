@@ -3,6 +3,7 @@
 #   make test           lint and all tests
 #   make lint           ruff, clang-format, mypy
 #   make bench          time the kernels against two rivals
+#   make test-gpu       build in place; the ops on a GPU, and its checkers on the CUDA kernels
 #   make bench-gpu      the same on a GPU; with RESULTS=folder, and COMMIT=hash for a copy of the sources without git
 #   make test-sanitize  C++ tests and fuzzing under address and undefined-behaviour sanitizers
 #   make build          compile the extension in place
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench bench-gpu test-sanitize build clean
+.PHONY: demo test lint bench test-gpu bench-gpu test-sanitize build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -42,7 +43,18 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.run
 
 # A machine with a GPU has its own torch and perhaps no network, so nothing is installed.
-bench-gpu: GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+test-gpu bench-gpu: GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+# Most of the time goes into compiling Triton kernels, which pytest-xdist spreads over the processors where it is there.
+test-gpu: SPREAD = $(shell $(GPU_PYTHON) -c "import xdist" 2>/dev/null && echo --numprocesses=8)
+test-gpu:
+	@$(GPU_PYTHON) -m benchmarks.machine
+	FASTFISHER_BUILD=cuda $(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m fastfisher.cli doctor
+	FASTFISHER_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest $(SPREAD) --no-header -q tests/ops/test_conformance.py \
+		tests/kernels/test_gpu.py tests/fisher/test_inverse_accuracy.py
+	compute-sanitizer --error-exitcode=1 --tool memcheck $(GPU_PYTHON) -m tests.cuda.on_gpu
+	compute-sanitizer --error-exitcode=1 --tool racecheck $(GPU_PYTHON) -m tests.cuda.on_gpu
+
 bench-gpu:
 	@$(GPU_PYTHON) -m benchmarks.machine
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace

@@ -9,12 +9,14 @@ import importlib
 import importlib.util
 import os
 import platform
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from fastfisher import __version__, environment
+from fastfisher.memory import format_bytes
 
 OPTIONAL = {
     "matplotlib": "plots (pip install 'fastfisher[viz]')",
@@ -22,6 +24,10 @@ OPTIONAL = {
     "rich": "the command line (pip install 'fastfisher[cli]')",
     "yaml": "--config files (pip install 'fastfisher[cli]')",
 }
+
+
+OLDEST_TRITON = (3, 4)
+SELFTEST_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,18 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at versions, backends, the native extension, optional packages and known traps, in this order."""
-    return [*_versions(), *_torch(), _native(), *_variables(), *_optional(), *_torchvision()]
+    """Look at versions, backends, kernels, optional packages and known traps, in this order."""
+    return [
+        *_versions(),
+        *_torch(),
+        _native(),
+        _cuda_kernels(),
+        _triton(),
+        *_selftests(),
+        *_variables(),
+        *_optional(),
+        *_torchvision(),
+    ]
 
 
 def native_reason(error: ImportError) -> str:
@@ -78,12 +94,20 @@ def _torch() -> Iterator[Finding]:
 
     yield Finding("threads", "ok", f"{kernel_threads()} for the kernels, {torch.get_num_threads()} for torch")
     devices = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        has = torch.cuda.get_device_properties(index)
+        sentence = (
+            f"{has.name}, compute capability {has.major}.{has.minor}, {has.multi_processor_count} multiprocessors, "
+            f"{format_bytes(has.total_memory)}, torch built for CUDA {torch.version.cuda}"
+        )
+        yield Finding(f"GPU {index}", "ok", sentence)
     if torch.cuda.is_available():
         devices.append("cuda")
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Finding("CUDA", "ok", f"torch sees {', '.join(names)}")
     else:
-        yield Finding("CUDA", "note", "torch sees no GPU")
+        built = (
+            f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
+        )
+        yield Finding("GPU", "note", f"no device here ({built})")
 
     from fastfisher.ops._registry import OPS, ORDER
 
@@ -110,6 +134,76 @@ def _native() -> Finding:
             f"{environment.ISA.name}={chosen}, but this machine runs only {', '.join(available)}",
         )
     return Finding("native kernels", "ok", f"run with {chosen} (this machine has {', '.join(available)})")
+
+
+def _cuda_kernels() -> Finding:
+    """Whether the extension holds CUDA kernels, and for which GPUs."""
+    from fastfisher.kernels.cuda import build_reason
+
+    reason = build_reason()
+    if reason:
+        return Finding("CUDA kernels", "note", f"not available, Triton serves GPUs alone: {reason}")
+    info = importlib.import_module("fastfisher._build_info")
+    archs = ", ".join(f"{int(arch.rstrip('af')) / 10:.1f}" for arch in info.CUDA_ARCHS)
+    return Finding(
+        "CUDA kernels", "ok", f"built for compute capability {archs} with {info.CUDA_TOOLKIT}{_no_device()}"
+    )
+
+
+def _triton() -> Finding:
+    """Whether Triton's kernels can run."""
+    from fastfisher.kernels.triton import load_error
+
+    reason = load_error()
+    if reason:
+        return Finding("Triton", "note", f"GPUs are served without it: {reason}")
+    found = version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return Finding(
+            "Triton", "problem", f"{found} is too old, kernels need {oldest} (pip install -U triton)"
+        )
+    return Finding("Triton", "ok", f"{found}{_no_device()}")
+
+
+def _no_device() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "; no device here"
+
+
+def _selftests() -> Iterator[Finding]:
+    """Every kernel of every device against float64, within SELFTEST_SECONDS in all."""
+    import torch
+
+    from fastfisher import selftest
+
+    started = time.perf_counter()
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in map(torch.device, devices):
+        for backend in selftest.backends(device):
+            begun = time.perf_counter()
+            checks = selftest.check(device, backend, SELFTEST_SECONDS - (begun - started))
+            if not checks:
+                continue
+            subject = f"self-test, {device.type} {backend}"
+            wrong = [check for check in checks if not check.passed and check.reason != selftest.NO_TIME]
+            late = [check.op for check in checks if check.reason == selftest.NO_TIME]
+            for check in wrong:
+                yield Finding(
+                    subject, "problem", f"{check.op}: {check.reason or f'relative error {check.error:.1e}'}"
+                )
+            if late:
+                sentence = (
+                    f"no time was left for {', '.join(late)}; compiled kernels are kept, so run it once more"
+                )
+                yield Finding(subject, "note", sentence)
+            if not wrong:
+                tested = [check for check in checks if check.passed]
+                worst = max((check.error for check in tested), default=0.0)
+                seconds = time.perf_counter() - begun
+                sentence = f"{len(tested)} calls agree with float64, worst error {worst:.0e}, {seconds:.1f} s"
+                yield Finding(subject, "ok", sentence)
 
 
 def _variables() -> Iterator[Finding]:

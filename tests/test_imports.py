@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fastfisher"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each room may import from itself and from the rooms behind it in this list.
-ORDER = ("cli", "integrations", "prune", "report", "fisher", "ops")
+ORDER = ("cli", "bench", "integrations", "prune", "report", "fisher", "ops")
 # What every room may import; these import none of the rooms.
 SHARED = ("environment", "errors", "memory", "_build_info", "__version__")
 # doctor looks at every room; the package root names them without importing them before they are asked for.
-OUTSIDE = ("__init__", "doctor")
+OUTSIDE = ("__init__", "doctor", "selftest")
 # The registry of the ops and the kernels know each other: a kernel file registers its functions with the ops it serves.
 KERNEL_ROOMS = ("ops", "kernels", "_native")
 

@@ -8,11 +8,18 @@ from torch import Tensor
 
 from fastfisher import ops
 from fastfisher.fisher.inverse import FisherInverse
-from tests.cases import KINDS, dense_inverse, gradients
+from tests.cases import KINDS, dense_inverse
+from tests.cases import gradients as gradients_here
+from tests.device import DEVICE
 
 DAMPING = 1e-3
 PROMISE = 1e-4
 RHOS = (1e-1, 1e1, 1e3, 1e5, 1e7)
+
+
+def gradients(*args: object, **kwargs: object) -> Tensor:
+    """Those of the table, on the device that is tested."""
+    return gradients_here(*args, **kwargs).to(DEVICE)  # type: ignore[arg-type]
 
 
 def vectors(grads: Tensor) -> Tensor:
@@ -31,11 +38,12 @@ def vectors(grads: Tensor) -> Tensor:
 
 def errors(inverse: FisherInverse, grads: Tensor, damping: float = DAMPING) -> tuple[float, float]:
     """The largest relative error of the diagonal by entry, and of F⁻¹v by norm."""
-    diagonal, product = dense_inverse(grads, inverse.num_grads, damping)
-    v = vectors(grads)
+    here = grads.cpu()
+    diagonal, product = dense_inverse(here, inverse.num_grads, damping)
+    v = vectors(here)
     truth = product(v)
-    diagonal_error = ((inverse.diag().double() - diagonal) / diagonal).abs().max()
-    product_error = ((inverse @ v).double() - truth).norm(dim=0) / truth.norm(dim=0)
+    diagonal_error = ((inverse.diag().cpu().double() - diagonal) / diagonal).abs().max()
+    product_error = ((inverse @ v.to(DEVICE)).cpu().double() - truth).norm(dim=0) / truth.norm(dim=0)
     return float(diagonal_error), float(product_error.max())
 
 
@@ -95,10 +103,10 @@ def test_float64_gradients_give_a_float64_inverse(form: str) -> None:
     inverse = FisherInverse.from_grads(grads, block_size=30, damping=DAMPING, form=form)
     assert inverse.diag().dtype == torch.float64
     assert inverse.num_mended == 0
-    diagonal, product = dense_inverse(grads, 40, DAMPING)
+    diagonal, product = dense_inverse(grads.cpu(), 40, DAMPING)
     v = torch.randn(30, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(inverse.diag(), diagonal, rtol=1e-10, atol=0)
-    torch.testing.assert_close(inverse @ v, product(v), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(inverse.diag().cpu(), diagonal, rtol=1e-10, atol=0)
+    torch.testing.assert_close((inverse @ v.to(DEVICE)).cpu(), product(v), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
