@@ -29,6 +29,8 @@ LARGEST_MENDED_BLOCK = 4096  # a dual block of more weights than this is not wor
 # and bounds what a group needs beside it.
 GROUP_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
 
+LAZY_MEMORY = ("cpu",)  # devices on which memory that was never written takes none
+
 # Writes the inverse of the blocks `ids` into a state [g, B, B] in its dtype; returns condition and amplification [g].
 Build = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Source = Iterable[tuple[int, int, Build]]
@@ -135,7 +137,7 @@ def primal_parts(
 ) -> tuple[list[Part], Tensor]:
     """Invert F = λ I + (1/m) Σ g gᵀ of every block in `dtype`, and once more in float64 where that is not enough.
 
-    Returns the parts, one per dtype in use, and the scaled condition [K] of all blocks.
+    Returns the parts, one for each dtype in use or more, and the scaled condition [K] of all blocks.
     Raises FisherError where float64 fails too.
     """
     shelf = _Shelf(layout, dtype, device)
@@ -143,8 +145,9 @@ def primal_parts(
     condition = torch.empty(layout.num_blocks, dtype=torch.float64)
     for first, last, build in source:
         ids = block_ids(first, last)
-        good, condition[first:last] = _invert(shelf.room(len(ids)), build, ids)
-        shelf.keep(ids, good)
+        state = shelf.room(len(ids))
+        good, condition[first:last] = _invert(state, build, ids)
+        shelf.keep(state, ids, good)
         if not good.all():
             mender.mend(build, ids[~good], condition, hopeless=dtype == torch.float64)
     return [*shelf.parts(), *mender.parts()], condition
@@ -233,7 +236,7 @@ def running_parts(
         start_from_damping(state, damping)
         running_step(form, state, grads, blocks[first:last], num_grads)
         good = probe.passes(state, blocks[first:last], damping)
-        shelf.keep(ids, good)
+        shelf.keep(state, ids, good)
         if not good.all():
             mender.mend(build, ids[~good], condition)
     return [*shelf.parts(), *mender.parts()], condition
@@ -407,36 +410,45 @@ def _length(x: Tensor) -> Tensor:
 class _Shelf:
     """A primal state that is filled from the front; blocks that did not pass leave no gap.
 
-    The buffer has room for every block; the pages of it that are never written take no memory.
+    On a CPU one buffer has room for every block: its pages that are never written take no memory.  On a GPU all of a
+    buffer is taken at once, so each group has its own, while the Fisher of the groups before is freed.
     """
 
     def __init__(self, layout: BlockLayout, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (layout.num_blocks, layout.block_size, layout.block_size)
+        self.layout, self.dtype, self.device = layout, dtype, device
+        self.one_buffer = device.type in LAZY_MEMORY
         self.blocks = layout.blocks.to(device)
-        self.buffer = empty_state(shape, dtype, device)
-        self.ids: list[Tensor] = []
-        self.count = 0
+        self.buffers: list[Tensor] = []
+        self.ids: list[list[Tensor]] = []  # per buffer, what was kept in it
+        self.count = 0  # in the last buffer
 
     def room(self, num_blocks: int) -> Tensor:
         """The next free blocks, [num_blocks, B, B], with anything in them."""
-        return self.buffer[self.count : self.count + num_blocks]
+        if not (self.buffers and self.one_buffer):
+            rows = self.layout.num_blocks if self.one_buffer else num_blocks
+            shape = (rows, self.layout.block_size, self.layout.block_size)
+            self.buffers.append(empty_state(shape, self.dtype, self.device))
+            self.ids.append([])
+            self.count = 0
+        return self.buffers[-1][self.count : self.count + num_blocks]
 
-    def keep(self, ids: Tensor, good: Tensor) -> None:
-        """Keep those of the blocks `ids`, just written into `room`, that are good."""
+    def keep(self, state: Tensor, ids: Tensor, good: Tensor) -> None:
+        """Keep those of the blocks `ids`, just written into `state` from `room`, that are good."""
         kept = good.nonzero().squeeze(1)
         stay = int((kept == torch.arange(len(kept))).sum())  # blocks before the first gap
         if stay < len(kept):
-            state = self.room(len(ids))
             state[stay : len(kept)] = state[kept[stay:].to(state.device)]
-        self.ids.append(ids[good])
+        self.ids[-1].append(ids[good])
         self.count += len(kept)
 
     def parts(self) -> list[Part]:
-        """What was kept, as one part or none."""
-        if self.count == 0:
-            return []
-        ids = torch.cat(self.ids)
-        return [Part(self.buffer[: self.count], None, select(self.blocks, ids), ids)]
+        """What was kept, a part for every buffer that holds anything."""
+        found = []
+        for buffer, pieces in zip(self.buffers, self.ids, strict=True):
+            ids = torch.cat(pieces)
+            if len(ids):
+                found.append(Part(buffer[: len(ids)], None, select(self.blocks, ids), ids))
+        return found
 
 
 class _Mender:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastfisher.errors import FastFisherError
-from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.blocks import BlockLayout, covered, padded
 
 NAMES = ["conv.weight", "fc.weight", "fc.bias"]
 SHAPES = [(2, 3, 2), (5, 1), (3,)]
@@ -84,3 +84,21 @@ def test_flatten_names_what_is_wrong() -> None:
         layout.flatten({"a": torch.ones(2), "b": torch.ones(4)})
     with pytest.raises(FastFisherError, match=r"vector must be \[5\], got \[6\]"):
         layout.unflatten(torch.ones(6))
+
+
+def test_padded_gives_a_row_for_every_block() -> None:
+    blocks = torch.tensor([[0, 3], [3, 4], [6, 9]])
+    rows = padded(torch.arange(10.0), blocks, 3, -1.0)
+    assert rows.tolist() == [[0, 1, 2], [3, -1, -1], [6, 7, 8]]
+    assert padded(torch.arange(3.0), torch.tensor([[1, 3]]), 4, 0.5).tolist() == [[1, 2, 0.5, 0.5]]
+
+
+def test_covered_tells_which_weights_lie_in_a_block() -> None:
+    assert covered(torch.tensor([[0, 2], [3, 4], [4, 5]]), 6).tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastfisher.errors import FastFisherError, FisherError
+from fastfisher.fisher import parts
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.inverse import FisherAccumulator, FisherInverse
 from tests.cases import gradients
@@ -242,6 +243,34 @@ def test_streamed_block_is_mended_without_its_gradients() -> None:
     inverse = accumulator.finish()
     assert inverse.num_mended == 1
     close(inverse @ torch.eye(30), torch.linalg.inv(dense(mixed(), layout.blocks, 12, DAMPING)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_in_several_buffers_is_the_same_inverse(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = torch.cat([mixed(), grads_(12, 50, seed=3)], dim=1)
+    options = {"block_size": 10, "damping": DAMPING, "form": form}
+    whole = FisherInverse.from_grads(grads, **options)  # type: ignore[arg-type]
+    monkeypatch.setattr(parts, "LAZY_MEMORY", ())  # as on a GPU
+    monkeypatch.setattr(parts, "GROUP_BYTES", {"cpu": 2 * 10 * 10 * 4})
+    pieces = FisherInverse.from_grads(grads, **options)  # type: ignore[arg-type]
+    if form != "dual":
+        assert len(pieces.parts) > len(whole.parts)
+    assert pieces.num_mended == whole.num_mended
+    assert torch.equal(pieces.diag(), whole.diag())
+    assert torch.equal(pieces @ grads[0], whole @ grads[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_that_are_not_all(form: str) -> None:
+    grads = grads_(20)
+    exact = torch.linalg.inv(dense(grads, make().layout.blocks, 30, DAMPING))
+    close(make(grads, form=form, num_grads=30) @ torch.eye(70), exact)
+    accumulator = FisherAccumulator(make().layout, num_grads=30, num_rows=20, damping=DAMPING, form=form)
+    accumulator.add(grads[:7])
+    accumulator.add(grads[7:])
+    close(accumulator.finish() @ torch.eye(70), exact)
+    with pytest.raises(FastFisherError, match="num_rows must be 1 to num_grads=30, got 31"):
+        FisherAccumulator(make().layout, num_grads=30, num_rows=31, damping=DAMPING)
 
 
 @pytest.mark.parametrize("form", ["rank1", "woodbury"])
