@@ -1,4 +1,4 @@
-"""The command line: `fastfisher prune | plan | eval | report | doctor`.
+"""The command line: `fastfisher prune | plan | eval | report | doctor | bench`.
 
 Models and data are named `package.module:function`; the function takes no arguments and returns the nn.Module, or an
 iterable of batches.  Flags and the keys of a --config file are the keyword arguments of the Python call; a flag wins
@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -419,6 +420,52 @@ def doctor() -> None:
         print(f"  {variable.name}: {variable.sentence}")
     if any(finding.state == "problem" for finding in findings):
         raise typer.Exit(PROBLEM)
+
+
+def duration(seconds: float) -> str:
+    """Three digits in the unit that suits."""
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
+    return f"{seconds / scale:.3g} {unit}"
+
+
+@app.command(epilog=EXIT_CODES)
+def bench(
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1; without it a GPU, where there is one.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long the timing takes, about.")] = 20.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures, as JSON.")] = None,
+) -> None:
+    """Time a few calls on this machine beside plain PyTorch, and compare both with float64.
+
+    Inverses from gradients in three sizes of block, an update and a selection.  "ratio" is plain PyTorch's time over
+    fastfisher's; there is none where a result is wrong.
+    """
+    with exit_codes():
+        from fastfisher.bench import run
+
+        result = run(device, seconds)
+        rows = [
+            (
+                row.what,
+                duration(row.seconds),
+                duration(row.plain_seconds),
+                "-" if row.ratio is None else f"{row.ratio:.3g}x",
+                f"{row.error:.0e}",
+                row.verdict,
+            )
+            for row in result.rows
+        ]
+        columns = ("fastfisher", "plain PyTorch", "ratio", "worst error", "verdict")
+        table(f"{result.weights:,} weights, {result.device}, torch {result.torch}", "", *columns, rows=rows)
+        if json_file is not None:
+            try:
+                json_file.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise FastFisherError(f"--json {json_file} cannot be written: {error.strerror}") from error
+            print(f"saved the figures in {json_file}")
+        if any(row.verdict == "WRONG" for row in result.rows):
+            raise typer.Exit(NUMERICAL)
 
 
 def main() -> None:

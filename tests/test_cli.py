@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastfisher as ff
-from fastfisher import cli, doctor
+from fastfisher import bench, cli, doctor
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.report import Report
 
@@ -179,7 +179,7 @@ def test_unexpected_errors_keep_their_traceback(user: Path, monkeypatch: pytest.
         cli.app([*PRUNE])
 
 
-@pytest.mark.parametrize("verb", [(), ("prune",), ("plan",), ("eval",), ("report",), ("doctor",)])
+@pytest.mark.parametrize("verb", [(), ("prune",), ("plan",), ("eval",), ("report",), ("doctor",), ("bench",)])
 def test_help_is_quick_and_documents_the_exit_codes(verb: tuple[str, ...]) -> None:
     seconds = []
     for _ in range(3):
@@ -199,6 +199,65 @@ def test_help_is_quick_and_documents_the_exit_codes(verb: tuple[str, ...]) -> No
     assert "2 bad input" in done.stdout
     # flags are the lines whose first word, behind the frame, is a long option
     assert sum(line.strip("│ ").startswith("--") for line in done.stdout.splitlines()) < 15
+
+
+@pytest.fixture
+def few_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench that is over in a moment."""
+    monkeypatch.setattr(bench, "WEIGHTS", {"cpu": 3_000})
+
+
+@pytest.mark.usefixtures("few_weights")
+def test_bench_times_checks_and_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    run("bench", "--device", "cpu", "--seconds", "0.01", "--json", str(tmp_path / "bench.json"))
+    shown = capsys.readouterr().out
+    assert "plain PyTorch" in shown
+    assert "WRONG" not in shown
+    saved = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["what"].split()[0] for row in saved["rows"]] == [*["inverse"] * 3, "update", "selection"]
+    for row in saved["rows"]:
+        assert row["error"] <= 1e-4
+        assert row["plain_error"] <= 1e-4
+        assert row["ratio"] == pytest.approx(row["plain_seconds"] / row["seconds"])
+        assert row["verdict"] == ("faster" if row["ratio"] >= 1 else "slower")
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.usefixtures("few_weights")
+def test_bench_shows_no_ratio_of_a_wrong_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = ff.FisherInverse.diag
+    monkeypatch.setattr(ff.FisherInverse, "diag", lambda self: real(self) * 1.01)
+    run("bench", "--device", "cpu", "--seconds", "0.01", code=cli.NUMERICAL)
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert len(wrong) == 3
+    assert all(" - " in line for line in wrong)
+    plain_is_wrong = bench.Row("", 1e-6, float("nan"), 1.0, 2.0)
+    assert (plain_is_wrong.ratio, plain_is_wrong.verdict) == (None, "right, plain PyTorch is not")
+    assert bench.Row("", float("nan"), 1e-6, 1.0, 2.0).verdict == "WRONG"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--device", "tpu"), "device must be cpu, or a GPU that torch sees, such as cuda:0; got 'tpu'"),
+        (("--device", "cuda:99"), "got 'cuda:99'"),
+        (("--seconds", "0"), "seconds must be positive, got 0"),
+        (
+            ("--seconds", "0.01", "--json", "no/such/folder.json"),
+            "--json no/such/folder.json cannot be written",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("few_weights")
+def test_bench_says_what_is_wrong_with_an_option(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    device = () if words[0] == "--device" else ("--device", "cpu")
+    run("bench", *device, *words, code=cli.BAD_INPUT)
+    assert message in capsys.readouterr().err
 
 
 def test_doctor_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
