@@ -3,8 +3,8 @@
 #   make test           lint and all tests
 #   make lint           ruff, clang-format, mypy
 #   make bench          time the kernels against two rivals
-#   make test-gpu       build in place; the ops on a GPU, and its checkers on the CUDA kernels
 #   make bench-gpu      the same on a GPU; with RESULTS=folder, and COMMIT=hash for a copy of the sources without git
+#   make test-gpu       build in place; the ops on a GPU, and its checkers on the CUDA kernels
 #   make test-sanitize  C++ tests and fuzzing under address and undefined-behaviour sanitizers
 #   make build          compile the extension in place
 #   make clean          remove what was built; .venv stays

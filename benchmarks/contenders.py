@@ -157,13 +157,11 @@ def _build(data: Inputs) -> Makers:
 
 def _diagonal(data: Inputs) -> Makers:
     """The diagonal of the dual form and nothing else: no state is kept."""
-    shape = len(data.blocks), data.num_grads, data.num_grads
 
     def ours() -> Tensor:
-        factor = torch.empty(shape, dtype=torch.float64, device=data.device)
-        diag = torch.empty_like(data.weight)
-        ops.dual_factor_(factor, data.grads, data.blocks, data.num_grads, DAMPING, _estimates(data)[0])
-        ops.inverse_diagonal(data.grads, data.blocks, out=diag, factor=factor, damping=DAMPING)
+        diag: Tensor = ff.inverse_diagonal(
+            data.grads, block_size=data.block_size, damping=DAMPING, sizes=data.problem.sizes
+        )
         return diag
 
     return {

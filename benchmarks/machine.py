@@ -60,10 +60,10 @@ def commit() -> str:
 
 
 def gpu_reason() -> str:
-    """Why nothing can be measured on a GPU here, "" where it can."""
+    """Why nothing can run on a GPU here, "" where it can."""
     if torch.cuda.is_available():
         return ""
-    return f"no GPU was found by torch {torch.__version__}; the benchmarks of the GPU kernels need one"
+    return f"torch {torch.__version__} finds no GPU here, and this needs one"
 
 
 def describe(device: str = "cpu") -> dict[str, str | int]:
@@ -179,7 +179,7 @@ def attainable(rates: dict[str, float], device: str = "cpu") -> dict[str, float 
 
 
 def main() -> int:
-    """Whether there is a GPU to measure, for the Makefile: exit code 2 and the reason where there is none."""
+    """Whether there is a GPU, for the Makefile: exit code 2 and the reason where there is none."""
     reason = gpu_reason()
     if reason:
         print(reason, file=sys.stderr)

@@ -293,4 +293,4 @@ def test_without_a_gpu_there_is_one_sentence_and_exit_code_2() -> None:
         assert done.stdout == ""
         said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
         assert said == [machine.gpu_reason()]
-        assert "no GPU was found" in said[0]
+        assert "finds no GPU here" in said[0]
