@@ -294,9 +294,9 @@ def _attainable(result: Result, threads: str) -> str:
         if f"{name} mm" in rates
     )
     return (
-        f"Attainable{of}: {peak['float32_gflops']:.0f} GFLOP/s in float32 ({peak['float32_source']}), "
-        f"{peak['float64_gflops']:.0f} in float64 ({peak['float64_source']}){more}, "
-        f"{peak['copy_gbs']:.1f} GB/s (copy, read and write counted)."
+        f"Attainable{of}: {per_second(peak['float32_gflops'], 'FLOP')} in float32 ({peak['float32_source']}), "
+        f"{per_second(peak['float64_gflops'], 'FLOP')} in float64 ({peak['float64_source']}){more}, "
+        f"{per_second(peak['copy_gbs'], 'B')} (copy, read and write counted)."
     )
 
 

@@ -252,6 +252,49 @@ def test_a_failing_row_is_a_line_like_others(monkeypatch: pytest.MonkeyPatch) ->
     assert (row["failed"], row["error"]) == ("OutOfMemoryError: no room", None)
 
 
+def test_memory_is_compared_with_what_a_build_leaves_or_gathers_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000)
+    once, dual = (
+        next(p for p in GPU_TINY if p.op == "build" and p.form == form) for form in ("primal", "dual")
+    )
+    calls = next(p for p in GPU_TINY if p.per_call)
+    state = once.num_blocks * once.block_size**2
+    for problem, least in ((once, 4 * state), (calls, 8 * state), (dual, 4 * 24 * dual.num_weights)):
+        used = worker.peak_memory(problem, "cpu")
+        assert used["grads_bytes"] == 4 * problem.num_rows * problem.num_weights
+        assert used["peak_bytes"] == 4_000
+        assert least <= used["state_bytes"] < least + 600_000  # small tensors of the layout, and factors
+
+
+def test_events_surround_the_call_while_the_device_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("event")
+
+        def synchronize(self) -> None:
+            happened.append("wait")
+
+        def elapsed_time(self, other: object) -> float:
+            return 2.0  # milliseconds
+
+    class Busy:
+        def zero_(self) -> None:
+            happened.append("busy")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = worker.Clock("cpu")
+    monkeypatch.setattr(clock, "ahead", Busy())
+    assert clock.time(lambda x: happened.append("call") or x, (7,)) == (0.002, 7)
+    assert happened == ["busy", "event", "call", "event", "wait"]
+
+
 def test_worker_stops_when_its_time_is_up(tmp_path: Path) -> None:
     worker.work("gpu-tiny", "cpu", tmp_path / "lines", 0.0)
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "lines").read_text().splitlines()]
