@@ -24,8 +24,6 @@ from fastfisher.errors import FastFisherError, FisherError
 
 try:
     import typer
-    from rich.console import Console
-    from rich.table import Table
 except ModuleNotFoundError as error:
     raise SystemExit(f"the command line needs {error.name}: pip install 'fastfisher[cli]'") from None
 
@@ -52,6 +50,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: the frames would cost a third of a second
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -210,6 +209,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A bar per phase on standard error, as the `progress` argument of prune; silent where that is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from rich.console import Console
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -225,6 +226,9 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 def table(title: str, *columns: str, rows: Iterable[Iterable[object]], left: int = 1) -> None:
     """Print a table to standard output; the first `left` columns are flush left, the others flush right."""
+    from rich.console import Console
+    from rich.table import Table
+
     out = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         out.add_column(column, justify="left" if i < left else "right", overflow="fold")
