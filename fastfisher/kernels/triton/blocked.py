@@ -261,14 +261,14 @@ def _solve(factor, x, k: tl.int32, columns: tl.int32, KP: tl.constexpr):
     y = tl.load(at, mask=i < k, other=0.0)
     row = tl.load(U + i, mask=i < k, other=0.0)
     for j in range(k):  # Uᵀ z = x
-        ahead = tl.load(U + (j + 1) * k + i, mask=(i < k) & (j + 1 < k), other=0.0)
+        ahead = tl.load(U + (j + 1) * k + i, mask=i < tl.where(j + 1 < k, k, 0), other=0.0)
         z = tl.sum(tl.where(i == j, y, 0.0)) / tl.sum(tl.where(i == j, row, 0.0))
         y = tl.where(i == j, z, y - tl.where(i > j, row, 0.0) * z)
         row = ahead
     row = tl.load(U + (k - 1) * k + i, mask=i < k, other=0.0)
     for step in range(k):  # U y = z
         j = k - 1 - step
-        ahead = tl.load(U + (j - 1) * k + i, mask=(i < k) & (j > 0), other=0.0)
+        ahead = tl.load(U + (j - 1) * k + i, mask=i < tl.where(j > 0, k, 0), other=0.0)
         rest = tl.sum(tl.where(i > j, row * y, 0.0))
         z = (tl.sum(tl.where(i == j, y, 0.0)) - rest) / tl.sum(tl.where(i == j, row, 0.0))
         y = tl.where(i == j, z, y)

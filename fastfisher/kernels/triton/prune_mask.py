@@ -112,7 +112,7 @@ def _pick(histogram, progress, shift: tl.int32, BINS: tl.constexpr):
 def _count_ties(
     ties, progress, saliency, dead, num_weights: tl.int64, PIECE: tl.constexpr, PIECES: tl.constexpr
 ):
-    """How many weights of this program's pieces equal the threshold."""
+    """How many weights of this program's pieces equal the threshold, behind a 0."""
     base = tl.program_id(0).to(tl.int64) * PIECE * PIECES
     threshold = tl.load(progress + PREFIX).to(tl.uint64, bitcast=True)
     count = base * 0
@@ -121,18 +121,21 @@ def _count_ties(
         inside = q < num_weights
         alive = tl.load(dead + q, mask=inside, other=1) == 0
         count += tl.sum(tl.where(inside & alive & (_keys(saliency, q, inside) == threshold), 1, 0))
-    tl.store(ties + tl.program_id(0), count)
+    tl.store(ties + 1 + tl.program_id(0), count)
 
 
 @triton.jit
 def _remove(
     mask, ties, progress, saliency, dead, num_weights: tl.int64, PIECE: tl.constexpr, PIECES: tl.constexpr
 ):
-    """mask ← 0 below the threshold, and for the first of those that equal it.   ties: counts up to each program."""
+    """mask ← 0 below the threshold, and for the first of those that equal it.   ties: how many before each program.
+
+    Where nothing is left to remove, the threshold is 0, which no key is below, and no rank is small enough.
+    """
     base = tl.program_id(0).to(tl.int64) * PIECE * PIECES
     threshold = tl.load(progress + PREFIX).to(tl.uint64, bitcast=True)
     left = tl.load(progress + LEFT)
-    before = tl.load(ties + tl.program_id(0) - 1, mask=tl.program_id(0) > 0, other=0)
+    before = tl.load(ties + tl.program_id(0))
     for piece in range(PIECES):
         q = base + piece * PIECE + tl.arange(0, PIECE)
         inside = q < num_weights
@@ -140,7 +143,7 @@ def _remove(
         key = _keys(saliency, q, inside)
         tie = inside & alive & (key == threshold)
         rank = before + tl.cumsum(tie.to(tl.int64), axis=0)
-        gone = alive & (left > 0) & ((key < threshold) | (tie & (rank <= left)))
+        gone = alive & ((key < threshold) | (tie & (rank <= left)))
         tl.store(mask + q, tl.zeros([PIECE], tl.uint8), mask=inside & gone)
         before += tl.sum(tie.to(tl.int64))
 
@@ -152,7 +155,7 @@ def prune_mask(saliency: Tensor, dead: Tensor, num_zeros: int, mask: Tensor, inv
     grid = (triton.cdiv(n, PIECE * PIECES),)
     progress = torch.zeros(3, dtype=torch.int64, device=device)
     histogram = torch.zeros(1 << DIGIT, dtype=torch.int32, device=device)
-    ties = torch.empty(grid, dtype=torch.int64, device=device)
+    ties = torch.zeros(grid[0] + 1, dtype=torch.int64, device=device)
     options = {"PIECE": PIECE, "PIECES": PIECES, "num_warps": 8}
     invalid.fill_(n)
     launch(_look, grid, out, invalid, progress, saliency, gone, n, options=options)
@@ -167,5 +170,5 @@ def prune_mask(saliency: Tensor, dead: Tensor, num_zeros: int, mask: Tensor, inv
         launch(_pick, (1,), histogram, progress, shift, options={"BINS": 1 << bits, "num_warps": 8})
         known |= ((1 << bits) - 1) << shift
     launch(_count_ties, grid, ties, progress, saliency, gone, n, options=options)
-    upto = ties.cumsum(0)
-    launch(_remove, grid, out, upto, progress, saliency, gone, n, options=options)
+    before = ties.cumsum(0)
+    launch(_remove, grid, out, before, progress, saliency, gone, n, options=options)

@@ -47,7 +47,7 @@ def _rank_one_steps(
     base = grads + start + i
     g = tl.load(base, mask=i < n, other=0.0)
     for row in range(num_rows):
-        ahead = tl.load(base + (row + 1) * stride, mask=(i < n) & (row + 1 < num_rows), other=0.0)
+        ahead = tl.load(base + (row + 1) * stride, mask=i < tl.where(row + 1 < num_rows, n, 0), other=0.0)
         g = g.to(T)
         v = tl.sum(F * g[None, :], axis=1)
         # one factor for both sides keeps F symmetric to the bit; NaN where the inverse is not definite
