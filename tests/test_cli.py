@@ -270,7 +270,9 @@ def test_doctor_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_doctor_repeats_the_reason_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
     error = ModuleNotFoundError("No module named 'fastfisher._native'")
-    reason = SimpleNamespace(REASON="no C++ compiler was found", CUDA_REASON="", CUDA_ARCHS=(), CUDA_TOOLKIT="")
+    reason = SimpleNamespace(
+        REASON="no C++ compiler was found", CUDA_REASON="", CUDA_ARCHS=(), CUDA_TOOLKIT=""
+    )
     monkeypatch.setitem(sys.modules, "fastfisher._native", None)
     monkeypatch.setitem(sys.modules, "fastfisher._build_info", reason)
     assert doctor.native_reason(error) == "no C++ compiler was found"
