@@ -30,7 +30,7 @@ demo: $(VENV)/demo.stamp
 
 test: lint
 	$(BUILD)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadgroup
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 
+import pytest
+
+from tests import tables
 from tests.device import DEVICE
+
+STARTED = time.time()
 
 if DEVICE.type == "cpu":
     # Triton reads it when a kernel is defined: without a GPU its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the compilers say of the GPU kernels."""
+    for title, text in tables.shown(STARTED).items():
+        terminalreporter.section(title)
+        terminalreporter.write(text)

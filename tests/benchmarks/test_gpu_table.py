@@ -16,6 +16,8 @@ from benchmarks import machine, run, tables, worker
 from benchmarks.contenders import names
 from benchmarks.problems import GPU_PROBLEMS, GPU_TINY, SWEEPS, Problem
 
+pytestmark = pytest.mark.xdist_group("tiny table of a GPU")
+
 INVENTED = "invented for a test"
 
 

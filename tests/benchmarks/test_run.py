@@ -13,6 +13,8 @@ from benchmarks import memory, run, tables
 from benchmarks.machine import attainable
 from benchmarks.problems import TINY
 
+pytestmark = pytest.mark.xdist_group("tiny table")
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> tables.Result:

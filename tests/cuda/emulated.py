@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock  # torch brings it along
 from torch import Tensor
 
 from fastfisher.kernels import cuda
@@ -37,20 +38,22 @@ SANITIZE = [
 def build(name: str, programs: dict[str, list[str]], flags: list[str], link: list[str]) -> Path:
     """Compile the kernels for the processor and link each program with files of this folder; returns their folder."""
     folder = ROOT / "build" / "emulated" / name
+    folder.mkdir(parents=True, exist_ok=True)
     kernels = {path: ["-x", "c++"] for path in setup.cuda_sources()}
-    setup.compile_and_link(
-        {
-            folder / program: {**kernels, **{HERE / source: [] for source in sources}}
-            for program, sources in programs.items()
-        },
-        folder=folder,
-        flags=[
-            *("-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
-            *(f"-I{path}" for path in (HERE / "include", HERE, ROOT / "csrc", ROOT / "tests")),
-            *flags,
-        ],
-        link=link,
-    )
+    with FileLock(folder / "lock"):  # tests run in several processes
+        setup.compile_and_link(
+            {
+                folder / program: {**kernels, **{HERE / source: [] for source in sources}}
+                for program, sources in programs.items()
+            },
+            folder=folder,
+            flags=[
+                *("-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+                *(f"-I{path}" for path in (HERE / "include", HERE, ROOT / "csrc", ROOT / "tests")),
+                *flags,
+            ],
+            link=link,
+        )
     return folder
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.cuda import emulated
 
+pytestmark = pytest.mark.xdist_group("emulated GPU")
+
 
 def run(program: Path) -> str:
     """What a program prints; it must end well."""

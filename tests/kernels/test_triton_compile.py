@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import tables
+
 ROOT = Path(__file__).resolve().parents[2]
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("triton compile")
 
 # What the time of a pruning run goes into on a GPU.  The others prepare or finish, or serve blocks that no chip holds.
 HOT = {
@@ -53,9 +56,24 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     command = [sys.executable, "-m", "tests.kernels.compile_triton", "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    print(done.stdout)
     found: list[dict] = json.loads(path.read_text())
+    tables.show("Triton kernels, the largest use over all cases", largest(found))
     return found
+
+
+def largest(rows: list[dict]) -> str:
+    """One line for each kernel: registers, bytes spilled and bytes of shared memory on every architecture."""
+    lines = [f"{'kernel':<36}" + "".join(f"sm_{a}: registers spilled shared  " for a in SHARED)]
+    for kernel in sorted({row["kernel"] for row in rows}):
+        line = f"{kernel + (' (hot)' if kernel in HOT else ''):<36}"
+        for architecture in SHARED:
+            mine = [row for row in rows if row["kernel"] == kernel and row["architecture"] == architecture]
+            registers, spilled, shared = (
+                max((row[key] for row in mine), default=0) for key in ("registers", "spilled", "shared")
+            )
+            line += f"{registers:>{len(str(architecture)) + 14}} {spilled:>7} {shared:>6}  "
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 @pytest.mark.slow

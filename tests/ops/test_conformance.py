@@ -330,6 +330,17 @@ def backends(op: str) -> list[str]:
     return [backend for backend in BACKENDS if op in kernels.get(backend, ops.OPS)]
 
 
+def sizes(op: str, blocks: tuple[int, ...]) -> list[tuple[str, int]]:
+    """Every backend of an op with every block size, as far as the interpreter goes."""
+    interpreted = DEVICE.type == "cpu"
+    return [
+        (backend, size)
+        for backend in backends(op)
+        for size in blocks
+        if not (interpreted and backend == "triton" and size > 150)
+    ]
+
+
 def triples(cases: list[Case] = CASES, row: str = "") -> list[object]:
     """Every case with every row (or one) and every backend that has kernels for it, as far as the interpreter goes."""
     found: list[object] = []
@@ -423,10 +434,13 @@ def test_dual_condition_lies_between_its_bounds(case: Case, row: Row, backend: s
         assert lower * (1 - 1e-6) <= estimate <= float(inverse.norm()) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("backend", backends("spd_inverse_"))
+# 140 and 300 are blocks of several tiles; the interpreter takes half a minute for the latter.
+FAILING = (1, 5, 40, 100, 140, 300)
+
+
+@pytest.mark.parametrize(("backend", "size"), sizes("spd_inverse_", FAILING))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [-1.0, 0.0, torch.nan, torch.inf])
-@pytest.mark.parametrize("size", [1, 5, 40, 100, 300])
 def test_inverse_fills_a_failed_block_with_nan(
     backend: str, dtype: torch.dtype, bad: float, size: int
 ) -> None:
@@ -443,10 +457,9 @@ def test_inverse_fills_a_failed_block_with_nan(
     torch.testing.assert_close(amplification[::2], torch.full((2,), float(size), dtype=torch.float64))
 
 
-@pytest.mark.parametrize("backend", backends("inverse_from_grads"))
+@pytest.mark.parametrize(("backend", "size"), sizes("inverse_from_grads", FAILING))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("size", [1, 5, 40, 100, 300])
 def test_build_fills_a_failed_block_with_nan(backend: str, dtype: torch.dtype, bad: float, size: int) -> None:
     grads = torch.ones(2, 3 * size)
     grads[1, size + size // 2] = bad
