@@ -332,7 +332,8 @@ def test_the_readme_of_the_repository_is_generated() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_there_is_one_sentence_and_exit_code_2() -> None:
-    for command in (["make", "bench-gpu"], [sys.executable, "-m", "benchmarks.run", "--table", "gpu"]):
+    make = ["make", "--no-print-directory", "bench-gpu"]
+    for command in (make, [sys.executable, "-m", "benchmarks.run", "--table", "gpu"]):
         done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert done.stdout == ""

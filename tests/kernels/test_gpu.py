@@ -55,7 +55,7 @@ def expect_same(one: list[Tensor], two: list[Tensor]) -> None:
         assert torch.equal(a.cpu(), b.cpu())
 
 
-@pytest.mark.parametrize(("op", "args", "backend"), calls())
+@pytest.mark.parametrize(("op", "args", "backend"), list(calls()))
 def test_nothing_waits_for_the_device(op: str, args: list[object], backend: str) -> None:
     run(op, moved(args), backend)  # compiles and loads
     there = moved(args)
@@ -67,7 +67,7 @@ def test_nothing_waits_for_the_device(op: str, args: list[object], backend: str)
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("op", "args", "backend"), calls())
+@pytest.mark.parametrize(("op", "args", "backend"), list(calls()))
 def test_inside_a_cuda_graph(op: str, args: list[object], backend: str) -> None:
     expected, captured = moved(args), moved(args)
     run(op, expected, backend)
@@ -87,7 +87,7 @@ def test_inside_a_cuda_graph(op: str, args: list[object], backend: str) -> None:
         expect_same(outputs(op, captured), outputs(op, expected))
 
 
-@pytest.mark.parametrize(("op", "args", "backend"), calls())
+@pytest.mark.parametrize(("op", "args", "backend"), list(calls()))
 def test_on_a_stream_behind_other_work(op: str, args: list[object], backend: str) -> None:
     expected, late = moved(args), moved(args)
     run(op, expected, backend)
@@ -106,7 +106,7 @@ def test_on_a_stream_behind_other_work(op: str, args: list[object], backend: str
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
-@pytest.mark.parametrize(("op", "args", "backend"), calls())
+@pytest.mark.parametrize(("op", "args", "backend"), list(calls()))
 def test_on_a_second_device(op: str, args: list[object], backend: str) -> None:
     expected, there = moved(args), moved(args, torch.device("cuda", 1))
     run(op, expected, backend)
