@@ -60,13 +60,16 @@ Data = Annotated[
 ]
 Config = Annotated[Path | None, typer.Option(help="YAML file with the keys of the Python call.")]
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of the weights to set to zero, such as 0.9.")]
-Method = Annotated[str | None, typer.Option(help="woodfisher, diagonal or magnitude.")]
+Method = Annotated[str | None, typer.Option(help="woodfisher, woodtaylor, diagonal or magnitude.")]
 Scope = Annotated[str | None, typer.Option(help="global or layer.")]
 BlockSize = Annotated[str | None, typer.Option(help="Weights in a Fisher block, or 'all' for one block.")]
 NumGrads = Annotated[int | None, typer.Option(help="Gradients in the Fisher estimate.")]
 Damping = Annotated[float | None, typer.Option(help="Added to the diagonal of the Fisher.")]
 DampingMode = Annotated[str | None, typer.Option(help="absolute, or relative to the mean diagonal.")]
 Update = Annotated[str | None, typer.Option(help="Of the kept weights: joint, sum or none.")]
+Recomputations = Annotated[
+    int | None, typer.Option("--num-recomputations", help="How often the Fisher is estimated again on the way.")
+]
 EvalFn = Annotated[
     str | None, typer.Option(help="package.module:function(model) -> score or dict of scores.")
 ]
@@ -288,6 +291,7 @@ def prune(
     damping: Damping = None,
     damping_mode: DampingMode = None,
     update: Update = None,
+    num_recomputations: Recomputations = None,
     eval_fn: EvalFn = None,
     weights: Weights = None,
     out: Out = None,
@@ -321,6 +325,7 @@ def plan(
     method: Method = None,
     block_size: BlockSize = None,
     num_grads: NumGrads = None,
+    num_recomputations: Recomputations = None,
 ) -> None:
     """Tell the bytes and seconds of each phase before anything runs."""
     flags = locals().copy()

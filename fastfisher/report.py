@@ -41,6 +41,16 @@ class LayerRow:
 
 
 @dataclass
+class StepRow:
+    """One step of a run with recomputations: sparsity after it, mean loss before it, its gradients and its λ."""
+
+    sparsity: float
+    loss_before: float
+    effective_grads: float
+    damping_used: float
+
+
+@dataclass
 class Report:
     """The outcome of `prune`.  Fields that do not apply (no gradients, no eval_fn) are None or empty.
 
@@ -80,6 +90,7 @@ class Report:
     grad_batch_size: int | None = None
     effective_grads: float | None = None
     non_finite_grads: int = 0
+    steps: list[StepRow] = field(default_factory=list)
 
     size: int = 0
     size_nz: int = 0
@@ -114,7 +125,15 @@ class Report:
 
     def __str__(self) -> str:
         return "\n\n".join(
-            part for part in (self._head(), self._scores(), self._layer_table(), self._foot()) if part
+            part
+            for part in (
+                self._head(),
+                self._scores(),
+                self._step_table(),
+                self._layer_table(),
+                self._foot(),
+            )
+            if part
         )
 
     def _head(self) -> str:
@@ -152,6 +171,22 @@ class Report:
                 text += f" (slope {self.slope:+.4g} left out)"
             lines.append(text)
         return "\n".join(lines)
+
+    def _step_table(self) -> str:
+        if len(self.steps) < 2:
+            return ""
+        rows = [["step", "sparsity", "loss before", "effective gradients", "damping"]]
+        rows += [
+            [
+                str(i),
+                f"{step.sparsity:.2%}",
+                f"{step.loss_before:.4g}",
+                f"{step.effective_grads:.0f}",
+                f"{step.damping_used:.3g}",
+            ]
+            for i, step in enumerate(self.steps, 1)
+        ]
+        return align(rows)
 
     def _layer_table(self) -> str:
         rows = [["layer", "shape", "weights", "zeros", "sparsity"]]
@@ -194,6 +229,7 @@ class Report:
             )
             for layer in content["layers"]
         ]
+        fields["steps"] = [StepRow(**step) for step in content.get("steps", [])]
         return cls(**fields)
 
     def save(self, folder: str | Path) -> None:

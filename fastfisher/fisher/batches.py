@@ -131,16 +131,25 @@ def known_samples(data: Any) -> int | None:
 class SampleReader:
     """Samples from an iterable of batches, handed out in groups of any size, in the loader's order.
 
-    fingerprint: a hash of every batch read so far (shapes, dtypes, bytes).   seen: samples handed out so far.
+    repeat: begin again at the end of the data, if one pass yields at least this many samples.
+    fingerprint: a hash of every batch of the first pass so far (shapes, dtypes, bytes).   seen: samples handed out.
+    known: the samples of a pass, where that can be told without reading.   once: whether there can be one pass only.
     """
 
-    def __init__(self, data: Iterable[Any], device: torch.device) -> None:
+    def __init__(self, data: Iterable[Any], device: torch.device, *, repeat: int | None = None) -> None:
         if isinstance(data, (Tensor, Mapping)) or not isinstance(data, Iterable):
             raise FastFisherError(
                 f"data must be an iterable of batches, such as a DataLoader or [(inputs, labels)]; "
                 f"got {type(data).__name__}"
             )
-        self._batches: Iterator[tuple[int, Any]] = enumerate(iter(data))
+        batches = iter(data)
+        self.once = batches is data
+        self.known = known_samples(data)
+        self._data = data
+        self._batches: Iterator[tuple[int, Any]] = enumerate(batches)
+        self._repeat = repeat
+        self._in_pass = 0  # samples read in this pass
+        self._first_pass = True
         self._held: list[Samples] = []
         self._hash = hashlib.blake2b(digest_size=8)
         self._device = device
@@ -151,15 +160,26 @@ class SampleReader:
         return self._hash.hexdigest()
 
     def _read(self) -> Samples | None:
-        for index, batch in self._batches:
-            samples = read_batch(batch, index)
-            for leaf in samples.leaves:
-                self._hash.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-                raw = leaf.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-                self._hash.update(raw.numpy().data)
-            if len(samples):
-                return samples
-        return None
+        while True:
+            for index, batch in self._batches:
+                samples = read_batch(batch, index)
+                if self._first_pass:
+                    self._note(samples)
+                if len(samples):
+                    self._in_pass += len(samples)
+                    return samples
+            if self._repeat is None or self.once or self._in_pass < max(1, self._repeat):
+                return None
+            self._batches = enumerate(iter(self._data))
+            self._in_pass = 0
+            self._first_pass = False
+
+    def _note(self, samples: Samples) -> None:
+        """Take a batch into the fingerprint."""
+        for leaf in samples.leaves:
+            self._hash.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            raw = leaf.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            self._hash.update(raw.numpy().data)
 
     def peek(self) -> Samples | None:
         """The first sample still to come, on the device, or None at the end."""

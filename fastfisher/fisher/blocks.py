@@ -85,6 +85,18 @@ class BlockLayout:
         first = self.parameter_ranges[name][0]
         return f"{name}[{start - first}:{stop - first}]"
 
+    def rows(self, name: str, grads: Tensor) -> Tensor:
+        """The weights of one tensor that are in the layout, from [k, *shape] to [k, its share of d]."""
+        return grads.reshape(grads.shape[0], -1)
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """From a vector over all weights of the tensors to the one [d] over those in the layout."""
+        return vector
+
+    def scatter(self, vector: Tensor) -> Tensor:
+        """The inverse of `gather`, with 0 for what is not in the layout."""
+        return vector
+
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Named tensors of the layout's shapes as one new vector [d].
 
@@ -112,6 +124,63 @@ class BlockLayout:
             name: piece.view(shape)
             for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
         }
+
+
+class LiveLayout(BlockLayout):
+    """The blocks of the weights of another layout that are not removed yet, packed without gaps.
+
+    whole: a layout with all weights of its tensors.   live: bool [d of the whole], on the device of the vectors.
+    A tensor without a live weight is left out.   Raises FastFisherError where nothing is live.
+    """
+
+    def __init__(self, whole: BlockLayout, live: Tensor) -> None:
+        if live.shape != (whole.num_weights,):
+            raise FastFisherError(f"live must be [{whole.num_weights}], got {list(live.shape)}")
+        self.whole = whole
+        self.index = live.nonzero().squeeze(1)  # [d], where each weight is in the whole
+        counts = {name: int(live[a:b].sum()) for name, (a, b) in whole.parameter_ranges.items()}
+        names = [name for name, count in counts.items() if count]
+        if not names:
+            raise FastFisherError(f"all {whole.num_weights} weights are zero: there is nothing to prune")
+        block_size = None if whole.single_block else min(whole.block_size, len(self.index))
+        super().__init__(names, [(counts[name],) for name in names], block_size)
+
+    def describe_block(self, b: int) -> str:
+        """Which weights block b holds, by their first and last place in the flattened parameter."""
+        start, stop = self.blocks[b].tolist()
+        first, last = self.index[start], self.index[stop - 1]
+        ranges = self.whole.parameter_ranges
+        name, other = (
+            next(name for name, (_, end) in ranges.items() if place < end) for place in (first, last)
+        )
+        where = f"{name} ... {other}"
+        if name == other:
+            where = f"{name}[{int(first) - ranges[name][0]}:{int(last) - ranges[name][0] + 1}]"
+        return f"{where}, of which {stop - start} weights are left"
+
+    def rows(self, name: str, grads: Tensor) -> Tensor:
+        """The live weights of one tensor, from [k, *shape] to [k, its share of d]."""
+        start, stop = self.parameter_ranges[name]
+        places = self.index[start:stop] - self.whole.parameter_ranges[name][0]
+        return grads.reshape(grads.shape[0], -1)[:, places]
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """From a vector over the whole to the one [d] over the live weights."""
+        return vector[self.index]
+
+    def scatter(self, vector: Tensor) -> Tensor:
+        """The inverse of `gather`, with 0 for what is not live."""
+        whole = vector.new_zeros(self.whole.num_weights)
+        whole[self.index] = vector
+        return whole
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors of the whole as one vector [d] of their live weights."""
+        return self.whole.flatten(tensors)[..., self.index]
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector [d] as named tensors of the whole, with 0 for what is not live."""
+        return self.whole.unflatten(self.scatter(vector))
 
 
 def padded(x: Tensor, blocks: Tensor, block_size: int, fill: float) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fastfisher.errors import FastFisherError, FisherError
-from fastfisher.fisher.batches import SampleReader, Samples, known_samples
+from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -323,9 +323,11 @@ class GradientStream:
     """Iterate over the gradients of num_grads samples (or mini-batch means) as [k, d] pieces in the layout's order.
 
     The pieces are float32 (float64 where a target is float64) views of one buffer that the next piece overwrites.
-    dead [d], bool: weights whose gradient is set to 0, so that they decouple from all others.   Gradients or losses
-    that are not finite are left out, counted, and replaced by further samples while the loader has any; rows of zeros
-    complete the count after that.   memory_limit: bytes for buffer, activations and gradients of a micro-batch.
+    data: batches, or a reader that goes on where another stream has stopped.
+    layout: with the weights wanted; a LiveLayout leaves out those that are removed.
+    Gradients or losses that are not finite are left out, counted, and replaced by further samples while the loader has
+    any; rows of zeros complete the count after that.
+    memory_limit: bytes for buffer, activations and gradients of a micro-batch.
 
     Raises FastFisherError when the loader is too short or the model fails, FisherError when no gradient is finite.
     """
@@ -333,11 +335,10 @@ class GradientStream:
     def __init__(
         self,
         objective: Objective,
-        data: Iterable[Any],
+        data: Iterable[Any] | SampleReader,
         layout: BlockLayout,
         *,
         num_grads: int,
-        dead: Tensor | None = None,
         memory_limit: int = 1 << 30,
     ) -> None:
         self.objective = objective
@@ -351,20 +352,20 @@ class GradientStream:
         self.sum_fourth = 0.0  # Σ ‖g‖⁴
         self.kept: list[Samples] = []
         self.kept_losses: list[Tensor] = []
-        self._reader = SampleReader(data, objective.device)
+        self._reader = data if isinstance(data, SampleReader) else SampleReader(data, objective.device)
         self._per_grad = objective.grad_batch_size
         self._ranges = list(layout.parameter_ranges.items())
         self._reached = [False] * len(self._ranges)
-        self._dead = dead if dead is not None and bool(dead.any()) else None
         self._limit = memory_limit
         self.dtype = (
             torch.float64
             if any(w.dtype == torch.float64 for w in objective.weights.values())
             else torch.float32
         )
-        known = known_samples(data)
+        known = self._reader.known
         if known is not None and known < num_grads * self._per_grad:
             raise self._too_short(known)
+        self._seen_before = self._reader.seen
 
     @property
     def fingerprint(self) -> str:
@@ -383,7 +384,10 @@ class GradientStream:
 
     def _too_short(self, samples: int) -> FastFisherError:
         needs = f" of grad_batch_size={self._per_grad}" if self._per_grad > 1 else ""
-        return FastFisherError(f"num_grads={self.num_grads}{needs} but the loader yields {samples} samples.")
+        text = f"num_grads={self.num_grads}{needs} but the loader yields {samples} samples"
+        if self._reader.once and self._seen_before:
+            text += f" after the {self._seen_before} of the estimates before; give data that can be read again"
+        return FastFisherError(text + ".")
 
     def _chunks(self) -> tuple[int, int]:
         """Rows of the buffer, and samples differentiated at once."""
@@ -429,7 +433,7 @@ class GradientStream:
                 filled = 0
         missing = self.num_grads - self.num_finite
         if missing and self.num_finite + self.num_non_finite < self.num_grads:
-            raise self._too_short(self._reader.seen)
+            raise self._too_short(self._reader.seen - self._seen_before)
         if not self.num_finite:
             raise FisherError(
                 f"all {self.num_non_finite} gradients were non-finite (first: {self.first_non_finite}); "
@@ -445,9 +449,7 @@ class GradientStream:
     def _write(self, piece: Tensor, grads: Mapping[str, Tensor], losses: Tensor, samples: Samples) -> Tensor:
         """Put the gradients into piece [k, d], note their norms, and tell which rows are finite [k]."""
         for name, (start, stop) in self._ranges:
-            piece[:, start:stop] = grads[name].reshape(len(piece), -1)
-        if self._dead is not None:
-            piece.masked_fill_(self._dead, 0)
+            piece[:, start:stop] = self.layout.rows(name, grads[name])
         squares = torch.stack(
             [
                 torch.linalg.vector_norm(piece[:, a:b], dim=1, dtype=torch.float64) ** 2

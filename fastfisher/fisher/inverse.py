@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfisher import ops
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher import parts as _parts
-from fastfisher.fisher.blocks import BlockLayout, covered
+from fastfisher.fisher.blocks import BlockLayout, covered, padded
 from fastfisher.fisher.parts import Part
 from fastfisher.fisher.streaming import streamed
 from fastfisher.ops.memory import empty_state, zero_state
@@ -33,6 +33,7 @@ class FisherInverse:
     num_grads: m.   condition: float64 [K], of the diagonally scaled matrix behind each block as spd_inverse_ or
     dual_factor_ returns it, NaN where none exists.
     dtype: of diagonals and of primal states; mended blocks are float64.
+    mean: the mean gradient, float64 [d], where it was asked for.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class FisherInverse:
         num_grads: int,
         condition: Tensor,
         dtype: torch.dtype,
+        mean: Tensor | None = None,
     ) -> None:
         self.layout = layout
         self.parts = list(parts)
@@ -53,6 +55,7 @@ class FisherInverse:
         self.num_grads = num_grads
         self.condition = condition
         self.dtype = dtype
+        self.mean = mean
         self._diagonal: Tensor | None = None
 
     @classmethod
@@ -226,6 +229,7 @@ class FisherInverse:
             "num_grads": self.num_grads,
             "condition": self.condition,
             "dtype": self.dtype,
+            "mean": self.mean,
             "parts": [
                 {
                     "state": _without_slack(part.state),
@@ -249,6 +253,7 @@ class FisherInverse:
             num_grads=state["num_grads"],
             condition=state["condition"],
             dtype=state["dtype"],
+            mean=state.get("mean"),
         )
 
     def _inv_diag(self) -> Tensor:
@@ -343,6 +348,8 @@ class FisherAccumulator:
     layout: the blocks.   num_grads: m, the divisor.   num_rows: how many gradients will come, default all m.
     damping, damping_mode, form: as in `from_grads`.
     device: where the states are, default where the first gradients are; gradients from elsewhere stream there.
+    mean: keep the mean gradient, as `FisherInverse.mean`.   centered: F = λ I + (1/m) Σ (g − ḡ)(g − ḡ)ᵀ with the mean ḡ,
+    the covariance of the gradients; in the primal and the dual form.
     dtype: in which the primal form adds up; float64 lets a block be mended when no gradient is at hand any
     more. The dual form keeps the gradients [m, d] in the dtype of the first that come; the other forms keep
     [K, B, B]. "rank1" and "woodbury" keep the inverse valid all the time and cannot be mended: they raise
@@ -360,6 +367,8 @@ class FisherAccumulator:
         dtype: torch.dtype = torch.float64,
         num_rows: int | None = None,
         device: torch.device | str | None = None,
+        mean: bool = False,
+        centered: bool = False,
     ) -> None:
         if num_grads < 1:
             raise FastFisherError(f"num_grads must be at least 1, got {num_grads}")
@@ -372,6 +381,10 @@ class FisherAccumulator:
             raise FastFisherError(
                 f"form={form!r} needs the damping before the first gradient, got damping_mode='relative'"
             )
+        if self.form in ("rank1", "woodbury") and centered:
+            raise FastFisherError(f"form={form!r} cannot be centered: the mean is known after the last gradient")
+        if centered and self._num_rows < num_grads:
+            raise FastFisherError(f"centered=True needs all num_grads={num_grads} gradients, got {num_rows} rows")
         if dtype not in (torch.float32, torch.float64):
             raise FastFisherError(f"dtype must be float32 or float64, got {dtype}")
         self.layout = layout
@@ -386,6 +399,9 @@ class FisherAccumulator:
         self._blocks: list[Tensor] = []  # per group of blocks, their ranges [g, 2]
         self._probe: _parts.Probe | None = None
         self._squares: Tensor | float = 0.0  # Σ g², where the gradients are
+        self._wants_mean = mean or centered
+        self._centered = centered
+        self._sum: Tensor | None = None  # Σ g, float64 [d]
 
     def add(self, grads: Tensor) -> None:
         """Take k gradients in.   grads: [k, d] of any float dtype, unit inner stride; the same dtype in every
@@ -413,6 +429,9 @@ class FisherAccumulator:
             self._allocate(grads)
         if self._damping_mode == "relative":
             self._squares = self._squares + sum_of_squares(grads)
+        if self._wants_mean:
+            total = grads.sum(dim=0, dtype=torch.float64)
+            self._sum = total if self._sum is None else self._sum + total
         if self.form == "dual":
             self._states[0][self.count : self.count + grads.shape[0]] = grads
         elif self.form == "primal":
@@ -434,11 +453,17 @@ class FisherAccumulator:
         if self.count < self._num_rows:
             raise FastFisherError(f"num_grads={self._num_rows} were announced, got only {self.count}")
         assert self._grads_dtype is not None
+        mean = None if self._sum is None else self._sum / self.num_grads
         damping = self._damping
         if self._damping_mode == "relative":
-            damping = _absolute(damping, float(self._squares) / (self.num_grads * self.layout.num_weights))
+            squares = float(self._squares)
+            if self._centered and mean is not None:
+                squares -= self.num_grads * float(sum_of_squares(mean[None]))
+            damping = _absolute(damping, squares / (self.num_grads * self.layout.num_weights))
         dtype = _parts.state_dtype(self._grads_dtype)
-        states, self._states, self.count = self._states, [], 0
+        states, self._states, self.count, self._sum = self._states, [], 0, None
+        if self._centered and mean is not None:
+            self._subtract(mean, states)
         if self.form == "dual":
             parts, condition = _parts.dual_parts(
                 states[0], self.layout, num_grads=self.num_grads, damping=damping
@@ -460,7 +485,17 @@ class FisherAccumulator:
             num_grads=self.num_grads,
             condition=condition,
             dtype=dtype,
+            mean=mean,
         )
+
+    def _subtract(self, mean: Tensor, states: list[Tensor]) -> None:
+        """Take the mean out of gradients that are kept, or its outer product out of a Fisher."""
+        if self.form == "dual":
+            states[0].sub_(mean.to(states[0].dtype))
+            return
+        for state, blocks in zip(states, self._blocks, strict=True):
+            rows = padded(mean, blocks, self.layout.block_size, 0).to(state.dtype)  # [g, B]
+            state.baddbmm_(rows[:, :, None], rows[:, None, :], alpha=-1)
 
     def _allocate(self, grads: Tensor) -> None:
         """Make the states on the device of the first gradients."""

@@ -29,6 +29,8 @@ from fastfisher.report import align
 GRADIENT_BYTES = 1 << 30
 # Vectors [d] alive at the end: old and new weights (flat and shaped), saliency, diag F⁻¹, masks, scratch.
 FLAT_VECTORS = 8
+# Of where a weight is that is left, after the first step.
+INDEX_BYTES = 8
 # Multiply-adds of one calibration run.
 CALIBRATION = 1e8
 
@@ -137,6 +139,8 @@ class Sizes:
     def phase_bytes(self, settings: Settings, limit: int, activation: int) -> dict[str, int]:
         """Bytes per phase when the gradients may take `limit`, and a sample's activations take `activation`."""
         vectors = FLAT_VECTORS * self.num_weights * self.itemsize
+        if settings.num_recomputations:
+            vectors += 2 * INDEX_BYTES * self.num_weights
         if settings.method == "magnitude":
             return {"select": vectors}
         row = self.num_weights * self.itemsize
@@ -290,6 +294,8 @@ def plan(
     targets: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
     loss_fn: LossFn | None = None,
+    num_recomputations: int = 0,
+    centered: bool = False,
     seed: int = 0,
     memory_limit: int | str | None = None,
 ) -> Plan:
@@ -300,14 +306,32 @@ def plan(
     Raises FastFisherError on bad input; a run that does not fit is no error here, see `fits` and `refusal`.
     """
     settings = Settings(
-        sparsity, method, scope, block_size, num_grads, grad_batch_size, damping, damping_mode, update, seed
+        sparsity,
+        method,
+        scope,
+        block_size,
+        num_grads,
+        grad_batch_size,
+        damping,
+        damping_mode,
+        update,
+        seed,
+        num_recomputations,
+        centered,
     )
     found = find_targets(model, targets, ignore)
     layout = layout_of(found, settings)
     rough, limit = byte_plan(layout, settings, found, memory_limit)
     if method == "magnitude" or not rough.fits:
         return rough
-    seconds = _fisher_seconds(rough.sizes, settings, found.device)
+    zeros = sum(int((parameter == 0).sum()) for parameter in found.parameters.values())
+    before = zeros / layout.num_weights
+    steps = settings.targets_of_steps(before)
+    # every step differentiates the whole network, and works on the blocks of the weights that are left
+    work = sum(1 - sparsity for sparsity in [before, *steps[:-1]])
+    seconds = {
+        phase: time * work for phase, time in _fisher_seconds(rough.sizes, settings, found.device).items()
+    }
     activation = 0
     notes: tuple[str, ...] = ()
     if data is None or isinstance(data, Iterator):
@@ -318,7 +342,8 @@ def plan(
                 model, list(found.parameters), loss_fn=loss_fn, grad_batch_size=grad_batch_size
             )
             row = layout.num_weights * rough.sizes.itemsize
-            seconds["gradients"], activation = _gradient_seconds(model, data, objective, settings, limit, row)
+            once, activation = _gradient_seconds(model, data, objective, settings, limit, row)
+            seconds["gradients"] = once * len(steps)
             if objective.why_loop is not None:
                 notes = (
                     f"Samples are differentiated one at a time: vmap cannot trace the model ({objective.why_loop}).",

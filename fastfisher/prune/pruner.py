@@ -1,4 +1,7 @@
-"""One-shot pruning: gradients -> inverse Fisher -> saliency -> mask -> update -> weights, written at the very end."""
+"""One-shot pruning: gradients -> inverse Fisher -> saliency -> mask -> update -> weights, written at the very end.
+
+With recomputations this way is taken several times, each a little sparser and with gradients at the point reached.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 import fastfisher
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import SampleReader, Samples
-from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.blocks import BlockLayout, LiveLayout
 from fastfisher.fisher.gradients import GradientStream, LossFn, Objective, untouched
 from fastfisher.fisher.inverse import FisherAccumulator, FisherInverse
 from fastfisher.memory import peak_bytes
@@ -30,7 +33,7 @@ from fastfisher.prune.select import num_zeros, select
 from fastfisher.prune.settings import Settings
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.prune.update import as_parameters, updated, written
-from fastfisher.report import LayerRow, Report
+from fastfisher.report import LayerRow, Report, StepRow
 
 __all__ = ["plan", "prune"]
 
@@ -61,8 +64,10 @@ class _Outcome:
 
     new: Tensor  # [d]
     mask: Tensor  # bool [d]
-    finv: FisherInverse | None = None
-    stream: GradientStream | None = None
+    form: str | None = None
+    damping: float | None = None  # λ of the last step
+    streams: list[GradientStream] = field(default_factory=list)  # one for each step
+    steps: list[StepRow] = field(default_factory=list)
 
 
 def _timed(pieces: Iterator[Tensor], clock: _Clock) -> Iterator[Tensor]:
@@ -75,47 +80,100 @@ def _timed(pieces: Iterator[Tensor], clock: _Clock) -> Iterator[Tensor]:
 
 
 def _estimate(
-    stream: GradientStream, settings: Settings, clock: _Clock, progress: Progress | None
+    stream: GradientStream, settings: Settings, clock: _Clock, advance: Callable[[int], None]
 ) -> FisherInverse:
     accumulator = FisherAccumulator(
         stream.layout,
         num_grads=settings.num_grads,
         damping=settings.damping,
         damping_mode=settings.damping_mode,
+        mean=settings.method == "woodtaylor",
+        centered=settings.centered,
     )
     for piece in _timed(iter(stream), clock):
         with clock("fisher"):
             accumulator.add(piece)
-        if progress is not None:
-            progress("gradients", stream.num_finite, settings.num_grads)
+        advance(stream.num_finite)
     with clock("inverse"):
         return accumulator.finish()
 
 
-def _decide(
-    weight: Tensor,
-    dead: Tensor,
-    layout: BlockLayout,
-    settings: Settings,
-    stream: GradientStream | None,
-    clock: _Clock,
-    progress: Progress | None,
-) -> _Outcome:
-    finv = None
-    if stream is not None:
-        finv = _estimate(stream, settings, clock, progress)
-    with clock("select"):
-        if finv is None:
-            scores = saliency.magnitude(weight)
-        elif settings.method == "diagonal":
-            scores = saliency.diagonal(weight, finv)
-        else:
-            scores = saliency.woodfisher(weight, finv)
-        ranges = list(layout.parameter_ranges.values())
-        mask = select(scores, dead, settings.sparsity, scope=settings.scope, ranges=ranges)
-    with clock("update"):
-        new = updated(weight, mask, finv, settings.applied_update)
-    return _Outcome(new, mask, finv, stream)
+class _Run:
+    """The steps of one call: gradients, inverse, mask and update, from the point that the step before has reached."""
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        settings: Settings,
+        parameters: dict[str, nn.Parameter],
+        clock: _Clock,
+        progress: Progress | None,
+    ) -> None:
+        self.layout = layout
+        self.settings = settings
+        self.parameters = parameters
+        self.clock = clock
+        self.progress = progress
+
+    def select(self, scores: Tensor, mask: Tensor, sparsity: float) -> Tensor:
+        """The next mask from the saliency of every weight."""
+        ranges = list(self.layout.parameter_ranges.values())
+        return select(scores, ~mask, sparsity, scope=self.settings.scope, ranges=ranges)
+
+    def without_gradients(self, weight: Tensor, mask: Tensor) -> _Outcome:
+        """Magnitude pruning: one step."""
+        with self.clock("select"):
+            mask = self.select(saliency.magnitude(weight), mask, self.settings.sparsity)
+        return _Outcome(torch.where(mask, weight, 0), mask)
+
+    def with_gradients(
+        self, weight: Tensor, mask: Tensor, objective: Objective, reader: SampleReader, limit: int
+    ) -> _Outcome:
+        """Every step takes gradients where the one before has ended, over the weights that it has left.
+
+        weight: [d].   mask: bool [d], False where a weight is zero already.
+        """
+        found = _Outcome(weight, mask)
+        targets = self.settings.targets_of_steps(float((~mask).sum()) / len(mask))
+        for i, sparsity in enumerate(targets):
+            if i:
+                with self.clock("update"):
+                    objective.weights = as_parameters(found.new, found.mask, self.layout, self.parameters)
+            layout = self.layout if bool(found.mask.all()) else LiveLayout(self.layout, found.mask)
+            stream = GradientStream(
+                objective, reader, layout, num_grads=self.settings.num_grads, memory_limit=limit
+            )
+            self._step(found, sparsity, stream, i, len(targets))
+        return found
+
+    def _step(self, found: _Outcome, sparsity: float, stream: GradientStream, i: int, steps: int) -> None:
+        settings, layout = self.settings, stream.layout
+
+        def advance(done: int) -> None:
+            if self.progress is not None:
+                self.progress("gradients", i * settings.num_grads + done, steps * settings.num_grads)
+
+        finv = _estimate(stream, settings, self.clock, advance)
+        weight = layout.gather(found.new)
+        with self.clock("select"):
+            if settings.method == "woodtaylor":
+                weight = saliency.newton_point(weight, finv)
+            scores = layout.scatter(saliency.SCORES[settings.method](weight, finv))
+            mask = self.select(scores, found.mask, sparsity)
+        with self.clock("update"):
+            new = layout.scatter(updated(weight, layout.gather(mask), finv, settings.applied_update))
+        found.new, found.mask, found.form, found.damping = new, mask, finv.form, float(finv.damping)
+        found.streams.append(stream)
+        found.steps.append(
+            StepRow(
+                sparsity=float((~mask).sum()) / len(mask),
+                loss_before=float(torch.cat(stream.kept_losses).mean()),
+                effective_grads=stream.effective,
+                damping_used=found.damping,
+            )
+        )
+        if i:
+            stream.kept.clear()  # the loss is checked on the first samples alone
 
 
 def _mean_loss(objective: Objective, groups: Sequence[Samples], weights: dict[str, Tensor]) -> float:
@@ -194,37 +252,39 @@ def _fill_sizes(report: Report, model: nn.Module, total_flops: float | None) -> 
 
 
 def _fill_gradients(report: Report, settings: Settings, outcome: _Outcome, objective: Objective) -> None:
-    stream, finv = outcome.stream, outcome.finv
-    if stream is None or finv is None:
+    if not outcome.streams:
         return
+    first = outcome.streams[0]
     report.block_size = settings.fisher_block
     report.damping = settings.damping
     report.damping_mode = settings.damping_mode
-    report.damping_used = float(finv.damping)
-    report.form = finv.form
+    report.damping_used = outcome.damping
+    report.form = outcome.form
     report.num_grads = settings.num_grads
     report.grad_batch_size = settings.grad_batch_size
-    report.effective_grads = stream.effective
-    report.non_finite_grads = stream.num_non_finite
-    report.data_fingerprint = stream.fingerprint
-    if stream.effective < FEW_EFFECTIVE * settings.num_grads:
+    report.steps = outcome.steps
+    report.effective_grads = first.effective
+    report.non_finite_grads = sum(stream.num_non_finite for stream in outcome.streams)
+    report.data_fingerprint = first.fingerprint
+    if first.effective < FEW_EFFECTIVE * settings.num_grads:
         report.notes.append(
-            f"Effective number of gradients is {stream.effective:.0f} of {settings.num_grads}: the model fits this "
+            f"Effective number of gradients is {first.effective:.0f} of {settings.num_grads}: the model fits this "
             f"data almost perfectly; use held-out data or larger damping."
         )
-    if stream.num_non_finite:
-        used = "" if stream.num_finite == settings.num_grads else f"; {stream.num_finite} were left to use"
-        report.notes.append(
-            f"{stream.num_non_finite} of {stream.num_finite + stream.num_non_finite} gradients were non-finite "
-            f"(first: {stream.first_non_finite}){used}."
-        )
+    for stream in outcome.streams:
+        if stream.num_non_finite:
+            used = "" if stream.num_finite == settings.num_grads else f"; {stream.num_finite} were left to use"
+            report.notes.append(
+                f"{stream.num_non_finite} of {stream.num_finite + stream.num_non_finite} gradients were non-finite "
+                f"(first: {stream.first_non_finite}){used}."
+            )
     if objective.why_loop is not None:
         report.notes.append(
             f"Samples were differentiated one at a time: vmap cannot trace the model ({objective.why_loop})."
         )
-    if stream.unreached:
+    if first.unreached:
         report.notes.append(
-            f"No gradient reached {', '.join(stream.unreached)}: ranked by damping times weight squared."
+            f"No gradient reached {', '.join(first.unreached)}: ranked by damping times weight squared."
         )
 
 
@@ -245,6 +305,8 @@ def prune(
     ignore: str | Sequence[str] | None = None,
     loss_fn: LossFn | None = None,
     eval_fn: Callable[[nn.Module], Any] | None = None,
+    num_recomputations: int = 0,
+    centered: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
     memory_limit: int | str | None = None,
@@ -277,7 +339,18 @@ def prune(
     Source: WoodFisher (Singh & Alistarh, 2020), sections 2 and 3.
     """
     settings = Settings(
-        sparsity, method, scope, block_size, num_grads, grad_batch_size, damping, damping_mode, update, seed
+        sparsity,
+        method,
+        scope,
+        block_size,
+        num_grads,
+        grad_batch_size,
+        damping,
+        damping_mode,
+        update,
+        seed,
+        num_recomputations,
+        centered,
     )
     found = find_targets(model, targets, ignore)
     layout = layout_of(found, settings)
@@ -296,23 +369,20 @@ def prune(
             name = next(name for name, value in old.items() if not bool(torch.isfinite(value).all()))
             raise FastFisherError(f"{name!r} holds weights that are not finite")
         objective = Objective(model, list(found.parameters), loss_fn=loss_fn, grad_batch_size=grad_batch_size)
-        stream = None
-        if method != "magnitude" and data is not None:
-            stream = GradientStream(
-                objective,
-                data,
-                layout,
-                num_grads=num_grads,
-                dead=dead,
-                memory_limit=limit,
-            )
-
         dense = control = None
         if eval_fn is not None:
             with clock("evaluate"):
                 dense = _number(eval_fn(model))
 
-        outcome = _decide(weight, dead, layout, settings, stream, clock, progress)
+        run = _Run(layout, settings, found.parameters, clock, progress)
+        if method == "magnitude" or data is None:
+            outcome = run.without_gradients(weight, ~dead)
+        else:
+            repeat = num_grads * grad_batch_size if num_recomputations else None
+            reader = SampleReader(data, found.device, repeat=repeat)
+            outcome = run.with_gradients(weight, ~dead, objective, reader, limit)
+            objective.weights = old
+        stream = outcome.streams[0] if outcome.streams else None
         values = as_parameters(outcome.new, outcome.mask, layout, found.parameters)
 
         flops: dict[str, float] | None = None
@@ -341,9 +411,9 @@ def prune(
             report.notes.append(
                 f"{report.zeros_before:,} weights were zero before, in places more than asked for; all stay zero."
             )
-        if stream is not None and outcome.finv is not None:
+        if stream is not None and outcome.damping is not None:
             with clock("loss check"):
-                _check_loss(report, stream, old, values, float(outcome.finv.damping))
+                _check_loss(report, stream, old, values, outcome.damping)
 
         if eval_fn is not None and method != "magnitude":
             with clock("evaluate"):
@@ -385,5 +455,7 @@ def _check_loss(
         report.notes.append(
             f"The loss of the pruned model is {report.loss_pruned} on the gradients' samples."
         )
+    if len(report.steps) > 1:
+        return  # no one quadratic model led from the dense network to the pruned one
     change = {name: values[name] - old[name] for name in old}
     report.predicted_change, report.slope = _second_order(stream.objective, stream.kept, change, damping)

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 from fastfisher.errors import FastFisherError
 
+BLOCK_METHODS = ("woodfisher", "woodtaylor")
+# Power of the polynomial along which recomputed steps approach the final sparsity.
+SPACING = 3
+
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "method": ("woodfisher", "diagonal", "magnitude"),
+    "method": ("woodfisher", "woodtaylor", "diagonal", "magnitude"),
     "scope": ("global", "layer"),
     "damping_mode": ("absolute", "relative"),
     "update": ("sum", "joint", None),
@@ -34,6 +38,8 @@ class Settings:
     damping_mode: str
     update: str | None
     seed: int
+    num_recomputations: int = 0
+    centered: bool = False
 
     def __post_init__(self) -> None:
         s = self.sparsity
@@ -48,6 +54,11 @@ class Settings:
         if self.block_size is not None:
             _positive_int("block_size", self.block_size)
         _positive_int("num_grads", self.num_grads)
+        n = self.num_recomputations
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise FastFisherError(f"num_recomputations must be a whole number of at least 0; got {n!r}")
+        if self.centered and self.method != "woodtaylor":
+            raise FastFisherError(f"centered=True goes with method='woodtaylor'; got method={self.method!r}")
         _positive_int("grad_batch_size", self.grad_batch_size)
         damping = self.damping
         if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping < math.inf:
@@ -62,5 +73,15 @@ class Settings:
 
     @property
     def applied_update(self) -> str | None:
-        """The update of the kept weights: only woodfisher has one (a diagonal Fisher couples nothing)."""
-        return self.update if self.method == "woodfisher" else None
+        """The update of the kept weights: only methods with blocks have one (a diagonal Fisher couples nothing)."""
+        return self.update if self.method in BLOCK_METHODS else None
+
+    def targets_of_steps(self, before: float) -> list[float]:
+        """The sparsity after each step, from that `before` to the final one: s_f − (s_f − s_0)(1 − i/n)³, i = 1 ... n.
+
+        A method without gradients has nothing to recompute, and one step.   Source: Zhu & Gupta, 2017.
+        """
+        steps = 1 if self.method == "magnitude" else self.num_recomputations + 1
+        gap = max(self.sparsity - before, 0.0)
+        early = [self.sparsity - gap * (1 - i / steps) ** SPACING for i in range(1, steps)]
+        return [*early, self.sparsity]

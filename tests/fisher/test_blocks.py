@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastfisher.errors import FastFisherError
-from fastfisher.fisher.blocks import BlockLayout, covered, padded
+from fastfisher.fisher.blocks import BlockLayout, LiveLayout, covered, padded
 
 NAMES = ["conv.weight", "fc.weight", "fc.bias"]
 SHAPES = [(2, 3, 2), (5, 1), (3,)]
@@ -102,3 +102,39 @@ def test_covered_tells_which_weights_lie_in_a_block() -> None:
         True,
         False,
     ]
+
+
+def test_live_weights_are_packed_and_come_back_to_their_places() -> None:
+    whole = BlockLayout(NAMES, SHAPES, 4)
+    live = torch.tensor([i % 3 == 0 for i in range(12)] + [False] * 5 + [True, False, True])
+    layout = LiveLayout(whole, live)
+    assert layout.names == ("conv.weight", "fc.bias")
+    assert layout.blocks.tolist() == [[0, 4], [4, 6]]
+    vector = torch.arange(20.0)
+    packed = layout.gather(vector)
+    assert packed.tolist() == [0, 3, 6, 9, 17, 19]
+    assert torch.equal(layout.scatter(packed), torch.where(live, vector, 0))
+    tensors = whole.unflatten(vector)
+    assert torch.equal(layout.flatten(tensors), packed)
+    assert torch.equal(layout.unflatten(packed)["fc.weight"], torch.zeros(5, 1))
+    grads = torch.arange(24.0).reshape(2, *SHAPES[0])
+    assert layout.rows("conv.weight", grads).tolist() == [[0, 3, 6, 9], [12, 15, 18, 21]]
+    assert layout.describe_block(0) == "conv.weight[0:10], of which 4 weights are left"
+    assert layout.describe_block(1) == "fc.bias[0:3], of which 2 weights are left"
+    one = LiveLayout(BlockLayout(NAMES, SHAPES, None), live)
+    assert one.single_block
+    assert one.describe_block(0) == "conv.weight ... fc.bias, of which 6 weights are left"
+
+
+def test_a_layout_where_everything_is_live_is_the_whole() -> None:
+    whole = BlockLayout(NAMES, SHAPES, 5)
+    layout = LiveLayout(whole, torch.ones(20, dtype=torch.bool))
+    assert torch.equal(layout.blocks, whole.blocks)
+
+
+def test_nothing_live_is_an_error() -> None:
+    whole = BlockLayout(NAMES, SHAPES, 5)
+    with pytest.raises(FastFisherError, match="all 20 weights are zero"):
+        LiveLayout(whole, torch.zeros(20, dtype=torch.bool))
+    with pytest.raises(FastFisherError, match=r"live must be \[20\], got \[3\]"):
+        LiveLayout(whole, torch.ones(3, dtype=torch.bool))

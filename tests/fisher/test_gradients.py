@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.batches import SampleReader, known_samples, read_batch
-from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.blocks import BlockLayout, LiveLayout
 from fastfisher.fisher.gradients import GradientStream, Objective, chunks, untouched
 from tests.prune.models import assert_same, batches, classifier, images, picture
 
@@ -28,15 +28,17 @@ def stream_of(
     num_grads: int,
     names: Sequence[str] | None = None,
     *,
-    dead: Tensor | None = None,
+    live: Tensor | None = None,
     memory_limit: int = 1 << 30,
     **options: Any,
 ) -> GradientStream:
     parameters = dict(model.named_parameters())
     names = list(parameters) if names is None else names
     layout = BlockLayout(names, [parameters[name].shape for name in names], None)
+    if live is not None:
+        layout = LiveLayout(layout, live)
     objective = Objective(model, names, **options)
-    return GradientStream(objective, data, layout, num_grads=num_grads, dead=dead, memory_limit=memory_limit)
+    return GradientStream(objective, data, layout, num_grads=num_grads, memory_limit=memory_limit)
 
 
 def rows_of(model: nn.Module, data: Any, num_grads: int, **options: Any) -> tuple[Tensor, GradientStream]:
@@ -242,7 +244,7 @@ def test_half_precision_weights_give_float32_gradients(dtype: torch.dtype) -> No
     assert relative(found, expected) < 2e-2
 
 
-def test_unused_dead_and_noncontiguous_parameters() -> None:
+def test_unused_removed_and_noncontiguous_parameters() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     model.register_parameter("unused", nn.Parameter(torch.randn(2, 3)))
@@ -255,10 +257,47 @@ def test_unused_dead_and_noncontiguous_parameters() -> None:
         found, stream = rows_of(model, [(inputs, labels)], 6 // size, names=names, grad_batch_size=size)
         assert relative(found, expected.reshape(6 // size, size, -1).mean(1)) < 1e-5
         assert stream.unreached == ["unused"]
-    dead = torch.rand(expected.shape[1]) < 0.5
-    found, _ = rows_of(model, [(inputs, labels)], 6, names=names, dead=dead)
-    assert bool((found[:, dead] == 0).all())
-    assert relative(found[:, ~dead], expected[:, ~dead]) < 1e-5
+    live = torch.rand(expected.shape[1]) < 0.5
+    live[6:26] = False  # one tensor as a whole
+    found, stream = rows_of(model, [(inputs, labels)], 6, names=names, live=live)
+    assert relative(found, expected[:, live]) < 1e-5
+    assert stream.unreached == ["unused"]
+
+
+def test_streams_go_on_in_the_data_and_begin_again_at_its_end() -> None:
+    model = classifier()
+    inputs, labels = images(10)
+    names = [name for name, _ in model.named_parameters()]
+    layout = BlockLayout(names, [p.shape for p in model.parameters()], None)
+    objective = Objective(model, names)
+
+    def three(data: Any, repeat: int | None) -> list[Tensor]:
+        reader = SampleReader(data, CPU, repeat=repeat)
+        streams = (GradientStream(objective, reader, layout, num_grads=6) for _ in range(3))
+        with untouched(model, 0):
+            return [torch.cat([piece.clone() for piece in stream]) for stream in streams]
+
+    data = batches(inputs, labels, 4)
+    everything, _ = rows_of(model, data, 10)
+    found = three(data, 6)
+    order = [*range(10), *range(8)]
+    for i, rows in enumerate(found):
+        assert relative(rows, everything[order[6 * i : 6 * i + 6]]) < 1e-5
+    with pytest.raises(FastFisherError, match="num_grads=6 but the loader yields 4 samples"):
+        three(data, None)
+    with pytest.raises(FastFisherError, match="4 samples after the 6 of the estimates before; give data that"):
+        three(iter(data), 6)
+
+
+def test_a_pass_with_too_few_samples_is_not_repeated() -> None:
+    model = classifier()
+    loader = DataLoader(TensorDataset(*images(5)), batch_sampler=[[0, 1], [2, 3, 4]])
+    reader = SampleReader(loader, CPU, repeat=6)
+    names = [name for name, _ in model.named_parameters()]
+    layout = BlockLayout(names, [p.shape for p in model.parameters()], None)
+    stream = GradientStream(Objective(model, names), reader, layout, num_grads=6)
+    with pytest.raises(FastFisherError, match="num_grads=6 but the loader yields 5 samples"):
+        list(stream)
 
 
 def test_generators_loaders_and_lists_are_read_alike_and_no_further_than_needed() -> None:

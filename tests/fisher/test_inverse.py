@@ -463,3 +463,48 @@ def test_peak_memory_above_the_gradients(m: int, d: int, block_size: int, form: 
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert output[:2] == [form, "0"]
     assert float(output[2]) <= 1.25
+
+
+@pytest.mark.parametrize("mode", ["absolute", "relative"])
+@pytest.mark.parametrize(("form", "block_size"), [("primal", 7), ("dual", 7), ("dual", None), ("primal", None)])
+def test_centered_inverse_is_that_of_the_covariance(form: str, block_size: int | None, mode: str) -> None:
+    grads = gradients("independent", 12, 20, rho=10, damping=1e-2) + 0.5
+    layout = BlockLayout.from_sizes([20], block_size)
+    accumulator = FisherAccumulator(
+        layout, num_grads=12, damping=1e-2, damping_mode=mode, form=form, centered=True
+    )
+    for piece in grads.split(5):
+        accumulator.add(piece)
+    finv = accumulator.finish()
+    mean = grads.double().mean(0)
+    torch.testing.assert_close(finv.mean, mean)
+    centered = grads.double() - mean
+    damping = 1e-2 * (float(centered.square().mean()) if mode == "relative" else 1)
+    assert finv.damping == pytest.approx(damping, rel=1e-6)
+    for start, stop in layout.blocks.tolist():
+        rows = centered[:, start:stop]
+        exact = torch.linalg.inv(rows.T @ rows / 12 + damping * torch.eye(stop - start, dtype=torch.float64))
+        torch.testing.assert_close(
+            finv.diag()[start:stop].double(), exact.diagonal(), rtol=1e-4, atol=0
+        )
+
+
+def test_the_mean_gradient_is_kept_where_it_is_asked_for() -> None:
+    grads = gradients("independent", 6, 20, rho=10, damping=1e-2)
+    layout = BlockLayout.from_sizes([20], 7)
+    for wanted in (False, True):
+        accumulator = FisherAccumulator(layout, num_grads=6, damping=1e-2, mean=wanted)
+        accumulator.add(grads)
+        finv = accumulator.finish()
+        if wanted:
+            torch.testing.assert_close(finv.mean, grads.double().mean(0))
+        else:
+            assert finv.mean is None
+
+
+def test_a_running_inverse_cannot_be_centered() -> None:
+    layout = BlockLayout.from_sizes([20], 7)
+    with pytest.raises(FastFisherError, match="form='rank1' cannot be centered"):
+        FisherAccumulator(layout, num_grads=6, damping=1e-2, form="rank1", centered=True)
+    with pytest.raises(FastFisherError, match="centered=True needs all num_grads=6 gradients, got 3 rows"):
+        FisherAccumulator(layout, num_grads=6, num_rows=3, damping=1e-2, centered=True)

@@ -1,0 +1,198 @@
+"""Recomputations and WoodTaylor: every step from the point that the last one reached, and the gradient term."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastfisher as ff
+from fastfisher.errors import FastFisherError
+from fastfisher.prune.settings import Settings
+from tests.prune.models import assert_same, batches, classifier, images, picture
+from tests.prune.test_prune import D, TARGETS, run, zeros
+
+
+def weights(model: nn.Module, names: tuple[str, ...] = TARGETS) -> Tensor:
+    parameters = dict(model.named_parameters())
+    return torch.cat([parameters[name].detach().reshape(-1) for name in names])
+
+
+def steps_of(sparsity: float, num_recomputations: int, before: float = 0.0) -> list[float]:
+    settings = Settings(
+        sparsity, "woodfisher", "global", 64, 512, 1, 0.1, "relative", "sum", 0, num_recomputations
+    )
+    return settings.targets_of_steps(before)
+
+
+def test_steps_grow_from_where_the_network_is_and_end_at_the_target() -> None:
+    assert steps_of(0.8, 0) == [0.8]
+    steps = steps_of(0.8, 3, before=0.2)
+    assert steps == pytest.approx([0.8 - 0.6 * (1 - i / 4) ** 3 for i in (1, 2, 3, 4)])
+    assert steps_of(0.5, 2, before=0.7) == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("update", ["sum", "joint", None])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("block_size", [7, None])
+def test_a_run_with_recomputations_is_one_step_after_the_other(
+    update: str | None, scope: str, block_size: int | None
+) -> None:
+    options: dict[str, Any] = {"update": update, "scope": scope, "block_size": block_size}
+    at_once, stepwise = classifier(dtype=torch.float64), classifier(dtype=torch.float64)
+    data = batches(*images(32, dtype=torch.float64), 8)
+    report = run(at_once, data=data, sparsity=0.7, num_recomputations=2, **options)
+    for sparsity in steps_of(0.7, 2):
+        run(stepwise, data=data, sparsity=sparsity, **options)
+    assert torch.allclose(weights(at_once), weights(stepwise), rtol=1e-9, atol=1e-12)
+    assert zeros(at_once) == report.num_zeros == round(0.7 * D)
+    assert [round(step.sparsity * D) for step in report.steps] == [round(s * D) for s in steps_of(0.7, 2)]
+    assert report.predicted_change is None
+    assert "loss before" in str(report)
+    assert ff.Report.from_dict(report.to_dict()) == report
+
+
+@pytest.mark.parametrize("method", ["woodfisher", "woodtaylor", "diagonal", "magnitude"])
+def test_zeros_count_on_the_way_and_nothing_else_changes(method: str) -> None:
+    model = classifier()
+    with torch.no_grad():
+        model[8].weight[:, ::3] = 0
+    dead = model[8].weight == 0
+    before = picture(model)
+    report = run(model, method=method, sparsity=0.9, num_recomputations=3, num_grads=20)
+    assert zeros(model) == report.num_zeros == round(0.9 * D)
+    assert bool((model[8].weight[dead] == 0).all())
+    assert len(report.steps) == (0 if method == "magnitude" else 4)
+    assert_same(before, picture(model), weights=False)
+
+
+def test_every_step_takes_further_samples() -> None:
+    seen = []
+    inputs, labels = images(32)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(len(batch[1]))
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    run(
+        classifier(),
+        data=batches(inputs, labels, 8),
+        loss_fn=loss_fn,
+        num_recomputations=2,
+        num_grads=5,
+        grad_batch_size=4,
+    )
+    assert set(seen) == {4}
+
+
+def test_an_interrupt_in_a_later_step_leaves_the_model_as_it_was() -> None:
+    model = classifier()
+    before = picture(model)
+
+    def stop(phase: str, done: int, total: int) -> None:
+        assert total == 3 * 32
+        if done > 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, num_recomputations=2, progress=stop)
+    assert_same(before, picture(model))
+
+
+def test_half_precision_weights_are_corrected_in_float32_between_the_steps() -> None:
+    model = classifier(dtype=torch.bfloat16)
+    report = run(model, data=batches(*images(32, dtype=torch.bfloat16), 8), num_recomputations=2, sparsity=0.6)
+    assert zeros(model) == report.num_zeros == round(0.6 * D)
+
+
+def test_data_that_can_be_read_once_must_last() -> None:
+    data = batches(*images(40), 8)
+    with pytest.raises(FastFisherError, match="8 samples after the 32 of the estimates before; give data that"):
+        run(classifier(), data=iter(data), num_recomputations=1)
+    long = batches(*images(64), 8)
+    report = run(classifier(), data=iter(long), num_recomputations=1)
+    assert len(report.steps) == 2
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, None])
+def test_a_wrong_number_of_recomputations_is_one_sentence(value: Any) -> None:
+    with pytest.raises(FastFisherError, match="num_recomputations must be a whole number of at least 0; got"):
+        run(classifier(), num_recomputations=value)
+    with pytest.raises(FastFisherError, match="num_recomputations must be a whole number"):
+        ff.plan(classifier(), None, sparsity=0.5, num_recomputations=value)
+
+
+def test_the_plan_counts_every_step() -> None:
+    data = batches(*images(32), 8)
+    one = ff.plan(classifier(), data, sparsity=0.9, num_grads=32, block_size=16)
+    many = ff.plan(classifier(), data, sparsity=0.9, num_grads=32, block_size=16, num_recomputations=9)
+    seconds = [
+        next(phase.seconds for phase in plan.phases if phase.name == "gradients") for plan in (one, many)
+    ]
+    assert seconds[1] > 2 * seconds[0]
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("update", ["sum", "joint", None])
+@pytest.mark.parametrize("block_size", [16, None])
+def test_woodtaylor_follows_from_the_model_with_its_gradient_in_float64(
+    update: str | None, centered: bool, block_size: int | None
+) -> None:
+    model = classifier(dtype=torch.float64)
+    inputs, labels = images(32, dtype=torch.float64)
+    name = "8.weight"
+    parameter = dict(model.named_parameters())[name]
+    model.eval()
+    g = torch.stack(
+        [
+            torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), parameter)[0].reshape(-1)
+            for x, y in zip(inputs, labels, strict=True)
+        ]
+    )  # [m, d]
+    w, slope, damping = parameter.detach().reshape(-1).clone(), g.mean(0), 1e-2
+    rows = g - slope if centered else g
+    full = rows.T @ rows / len(g)
+    fisher = torch.zeros_like(full)
+    size = block_size or len(w)
+    for a in range(0, len(w), size):
+        fisher[a : a + size, a : a + size] = full[a : a + size, a : a + size]
+    fisher += damping * torch.eye(len(w), dtype=torch.float64)
+    f_inv = torch.linalg.inv(fisher)
+    u = f_inv @ slope
+    # WoodFisher, eq. 5.8 as it stands there
+    saliency = (w**2 + u**2) / (2 * f_inv.diag()) - w * u / f_inv.diag()
+    q = torch.zeros(len(w), dtype=torch.bool)
+    q[saliency.argsort()[: round(0.6 * len(w))]] = True
+    if update == "joint":
+        # the minimiser of slope·δ + ½ δᵀFδ where the weights in q become 0
+        delta = -w
+        delta[~q] = torch.linalg.solve(fisher[~q][:, ~q], -(slope[~q] - fisher[~q][:, q] @ w[q]))
+        expected = w + delta
+    elif update == "sum":
+        expected = w - u - f_inv @ torch.where(q, (w - u) / f_inv.diag(), 0)
+    else:
+        expected = w - u
+    expected[q] = 0
+    run(
+        model,
+        data=[(inputs, labels)],
+        sparsity=0.6,
+        block_size=block_size,
+        damping=damping,
+        damping_mode="absolute",
+        update=update,
+        targets=[name],
+        method="woodtaylor",
+        centered=centered,
+    )
+    found = parameter.detach().reshape(-1)
+    assert torch.equal(found == 0, q)
+    assert torch.allclose(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_centered_goes_with_woodtaylor_alone() -> None:
+    with pytest.raises(FastFisherError, match="centered=True goes with method='woodtaylor'; got method='diagonal'"):
+        run(classifier(), method="diagonal", centered=True)
