@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fastfisher.ops import use_backend as use_backend
     from fastfisher.prune.pruner import plan as plan
     from fastfisher.prune.pruner import prune as prune
+    from fastfisher.prune.tune import Tuning as Tuning
+    from fastfisher.prune.tune import tune as tune
     from fastfisher.report import Report as Report
 
 __version__ = "0.1.0"
@@ -32,12 +34,14 @@ _HOME = {
     "FisherAccumulator": "fastfisher.fisher.inverse",
     "FisherInverse": "fastfisher.fisher.inverse",
     "Report": "fastfisher.report",
+    "Tuning": "fastfisher.prune.tune",
     "errors": "fastfisher.errors",
     "explain": "fastfisher.ops",
     "inverse_diagonal": "fastfisher.fisher.inverse",
     "ops": "fastfisher.ops",
     "plan": "fastfisher.prune.pruner",
     "prune": "fastfisher.prune.pruner",
+    "tune": "fastfisher.prune.tune",
     "use_backend": "fastfisher.ops",
 }
 

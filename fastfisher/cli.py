@@ -43,6 +43,10 @@ OWN_KEYS = ("model", "data", "weights", "out")
 # Keys that name a function to be handed over as it is, rather than called for its result.
 FUNCTIONS = ("loss_fn", "eval_fn")
 NUMBERS = ("sparsity", "damping")
+# Keys of whole numbers, with the word that stands for None.
+WORDS = {"block_size": "all", "num_recomputations": "auto"}
+# Arguments of the Python calls that no file or flag gives; --out names the folder.
+NOT_KEYS = {"progress", "options", "folder"}
 
 app = typer.Typer(
     help="Prune PyTorch networks by second-order information.",
@@ -66,9 +70,10 @@ BlockSize = Annotated[str | None, typer.Option(help="Weights in a Fisher block, 
 NumGrads = Annotated[int | None, typer.Option(help="Gradients in the Fisher estimate.")]
 Damping = Annotated[float | None, typer.Option(help="Added to the diagonal of the Fisher.")]
 DampingMode = Annotated[str | None, typer.Option(help="absolute, or relative to the mean diagonal.")]
-Update = Annotated[str | None, typer.Option(help="Of the kept weights: joint, sum or none.")]
+Update = Annotated[str | None, typer.Option(help="Of the kept weights: auto, joint, sum or none.")]
 Recomputations = Annotated[
-    int | None, typer.Option("--num-recomputations", help="How often the Fisher is estimated again on the way.")
+    int | None,
+    typer.Option("--num-recomputations", help="How often the Fisher is estimated anew on the way; or auto."),
 ]
 EvalFn = Annotated[
     str | None, typer.Option(help="package.module:function(model) -> score or dict of scores.")
@@ -158,20 +163,26 @@ def gather(call: Callable[..., Any], config: Path | None, flags: Mapping[str, An
     import fastfisher as ff
 
     given = read_config(config) if config else {}
-    accepted = {*inspect.signature(call).parameters, *OWN_KEYS} - {"progress"}
-    known = {*inspect.signature(ff.prune).parameters, *OWN_KEYS} - {"progress"}
+    prune_keys, tune_keys = ({*inspect.signature(verb).parameters} for verb in (ff.prune, ff.tune))
+    own = {*inspect.signature(call).parameters}
+    if call is ff.tune:
+        own |= prune_keys - {"damping", "damping_mode", "eval_fn", "memory_limit"}
+    known = ({*prune_keys, *tune_keys, *OWN_KEYS}) - NOT_KEYS
+    accepted = ({*own, *OWN_KEYS}) - NOT_KEYS
     for key in given:
         if key not in known:
             raise FastFisherError(f"unknown key {key!r} in {config}.{nearest(str(key), known)}")
     given = {key: value for key, value in given.items() if key in accepted}
     given |= {key: value for key, value in flags.items() if value is not None and key in accepted}
-    for key, word in (("block_size", "all"), ("update", "none")):
+    for key, word in (*WORDS.items(), ("update", "none")):
         if given.get(key) == word:
             given[key] = None
-    if isinstance(given.get("block_size"), str):
-        if not given["block_size"].isdecimal():
-            raise FastFisherError(f"block_size must be a whole number or 'all', got {given['block_size']!r}")
-        given["block_size"] = int(given["block_size"])
+    for key, word in WORDS.items():
+        value = given.get(key)
+        if isinstance(value, str):
+            if not value.isdecimal():
+                raise FastFisherError(f"{key} must be a whole number or {word!r}, got {value!r}")
+            given[key] = int(value)
     for key in FUNCTIONS:
         if given.get(key) is not None:
             given[key] = load(given[key], key)
@@ -314,6 +325,77 @@ def prune(
             report.save(folder)
             save_model(network, str(Path(folder) / "model.safetensors"))
             print(f"saved the report and model.safetensors in {folder}")
+
+
+def several(text: str | None, convert: Callable[[str], Any]) -> Any:
+    """The values of a flag such as 0.01,0.1; 'none' for none at all."""
+    if text is None:
+        return None
+    if text == "none":
+        return ()
+    try:
+        return [convert(word.strip()) for word in text.split(",")]
+    except ValueError as error:
+        raise FastFisherError(f"{text!r} is no list of numbers such as 1,2,3") from error
+
+
+@app.command(epilog=EXIT_CODES)
+def tune(
+    model: Model = None,
+    data: Data = None,
+    config: Config = None,
+    sparsity: Sparsity = None,
+    method: Method = None,
+    update: Update = None,
+    relative_damping: Annotated[
+        str | None, typer.Option(help="Dampings relative to the mean diagonal, such as 0.01,0.1; or none.")
+    ] = None,
+    absolute_damping: Annotated[str | None, typer.Option(help="Absolute dampings; or none.")] = None,
+    num_grads: Annotated[str | None, typer.Option(help="Numbers of gradients, such as 256,1024.")] = None,
+    block_size: Annotated[
+        str | None, typer.Option(help="Sizes of Fisher blocks, such as 64,128,all.")
+    ] = None,
+    num_recomputations: Annotated[
+        str | None, typer.Option(help="Numbers of recomputations, such as 0,15.")
+    ] = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of the samples that judge, not used else.")
+    ] = None,
+    weights: Weights = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the trials; a second run goes on there.")
+    ] = None,
+    seed: Seed = None,
+) -> None:
+    """Prune with many settings and tell which lose least on samples held out."""
+    flags = locals().copy()
+    with exit_codes():
+        import fastfisher as ff
+
+        texts = {name: flags.pop(name) for name in ("relative_damping", "absolute_damping")}
+        sizes = {name: flags.pop(name) for name in ("num_grads", "block_size", "num_recomputations")}
+        given = gather(ff.tune, flags.pop("config"), flags)
+        for name, text in texts.items():
+            if text is not None:
+                given[name] = several(text, float) or None
+        for name, text in sizes.items():
+            if text is not None:
+                given[name] = several(text, lambda word: None if word in WORDS.values() else int(word))
+        folder = given.pop("out", None)
+        network, batches = build_model(given), build_data(given)
+        if batches is None:
+            raise FastFisherError("data is missing: give it on the command line or in the --config file")
+        with progress_bar() as progress:
+            found = ff.tune(network, batches, folder=folder, progress=progress, **given)
+        print(found)
+        if folder is not None:
+            found.save(folder)
+            print(f"saved tune.json, tune.csv and tune.png in {folder}")
+        flags_of = " ".join(
+            f"--{name.replace('_', '-')} {'all' if value is None else value}"
+            for name, value in found.best.items()
+        )
+        print(f"best: fastfisher prune {flags_of}")
 
 
 @app.command(epilog=EXIT_CODES)

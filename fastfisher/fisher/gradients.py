@@ -386,7 +386,9 @@ class GradientStream:
         needs = f" of grad_batch_size={self._per_grad}" if self._per_grad > 1 else ""
         text = f"num_grads={self.num_grads}{needs} but the loader yields {samples} samples"
         if self._reader.once and self._seen_before:
-            text += f" after the {self._seen_before} of the estimates before; give data that can be read again"
+            text += (
+                f" after the {self._seen_before} of the estimates before; give data that can be read again"
+            )
         return FastFisherError(text + ".")
 
     def _chunks(self) -> tuple[int, int]:

@@ -348,8 +348,8 @@ class FisherAccumulator:
     layout: the blocks.   num_grads: m, the divisor.   num_rows: how many gradients will come, default all m.
     damping, damping_mode, form: as in `from_grads`.
     device: where the states are, default where the first gradients are; gradients from elsewhere stream there.
-    mean: keep the mean gradient, as `FisherInverse.mean`.   centered: F = λ I + (1/m) Σ (g − ḡ)(g − ḡ)ᵀ with the mean ḡ,
-    the covariance of the gradients; in the primal and the dual form.
+    mean: keep the mean gradient, as `FisherInverse.mean`.
+    centered: F = λ I + (1/m) Σ (g − ḡ)(g − ḡ)ᵀ, the covariance of the gradients; in the primal and the dual form.
     dtype: in which the primal form adds up; float64 lets a block be mended when no gradient is at hand any
     more. The dual form keeps the gradients [m, d] in the dtype of the first that come; the other forms keep
     [K, B, B]. "rank1" and "woodbury" keep the inverse valid all the time and cannot be mended: they raise
@@ -382,9 +382,13 @@ class FisherAccumulator:
                 f"form={form!r} needs the damping before the first gradient, got damping_mode='relative'"
             )
         if self.form in ("rank1", "woodbury") and centered:
-            raise FastFisherError(f"form={form!r} cannot be centered: the mean is known after the last gradient")
+            raise FastFisherError(
+                f"form={form!r} cannot be centered: the mean is known after the last gradient"
+            )
         if centered and self._num_rows < num_grads:
-            raise FastFisherError(f"centered=True needs all num_grads={num_grads} gradients, got {num_rows} rows")
+            raise FastFisherError(
+                f"centered=True needs all num_grads={num_grads} gradients, got {num_rows} rows"
+            )
         if dtype not in (torch.float32, torch.float64):
             raise FastFisherError(f"dtype must be float32 or float64, got {dtype}")
         self.layout = layout

@@ -139,7 +139,7 @@ class Sizes:
     def phase_bytes(self, settings: Settings, limit: int, activation: int) -> dict[str, int]:
         """Bytes per phase when the gradients may take `limit`, and a sample's activations take `activation`."""
         vectors = FLAT_VECTORS * self.num_weights * self.itemsize
-        if settings.num_recomputations:
+        if settings.num_recomputations != 0:
             vectors += 2 * INDEX_BYTES * self.num_weights
         if settings.method == "magnitude":
             return {"select": vectors}
@@ -290,11 +290,11 @@ def plan(
     grad_batch_size: int = 1,
     damping: float = 0.1,
     damping_mode: str = "relative",
-    update: str | None = "sum",
+    update: str | None = "auto",
     targets: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
     loss_fn: LossFn | None = None,
-    num_recomputations: int = 0,
+    num_recomputations: int | None = None,
     centered: bool = False,
     seed: int = 0,
     memory_limit: int | str | None = None,

@@ -157,7 +157,7 @@ class _Run:
         weight = layout.gather(found.new)
         with self.clock("select"):
             if settings.method == "woodtaylor":
-                weight = saliency.newton_point(weight, finv)
+                weight = weight - self._taken(saliency.newton_step(finv), finv, stream).to(weight.dtype)
             scores = layout.scatter(saliency.SCORES[settings.method](weight, finv))
             mask = self.select(scores, found.mask, sparsity)
         with self.clock("update"):
@@ -174,6 +174,21 @@ class _Run:
         )
         if i:
             stream.kept.clear()  # the loss is checked on the first samples alone
+
+    def _taken(self, u: Tensor, finv: FisherInverse, stream: GradientStream) -> Tensor:
+        """What is taken of the step u = F⁻¹ ∇L: t u, 0 <= t <= 1, the minimum along u under the Fisher without blocks.
+
+        t = ∇L·u / uᵀFu with uᵀFu = λ uᵀu + mean (g·u)² over the kept samples.  Blocks do not know of each other and each
+        of them goes all the way: together they overshoot.  One block over everything has t = 1.
+        """
+        if finv.mean is None or finv.num_blocks == 1:
+            return u
+        direction = self.layout.unflatten(stream.layout.scatter(u))
+        with self.clock("gradients"):
+            slopes = torch.cat([stream.objective.slopes(direction, group) for group in stream.kept])
+        spread = slopes.var(correction=0) if self.settings.centered else slopes.square().mean()
+        curvature = float(spread) + float(finv.damping) * float(u.square().sum())
+        return u * min(1.0, float(finv.mean @ u) / curvature) if curvature > 0 else u
 
 
 def _mean_loss(objective: Objective, groups: Sequence[Samples], weights: dict[str, Tensor]) -> float:
@@ -273,7 +288,9 @@ def _fill_gradients(report: Report, settings: Settings, outcome: _Outcome, objec
         )
     for stream in outcome.streams:
         if stream.num_non_finite:
-            used = "" if stream.num_finite == settings.num_grads else f"; {stream.num_finite} were left to use"
+            used = (
+                "" if stream.num_finite == settings.num_grads else f"; {stream.num_finite} were left to use"
+            )
             report.notes.append(
                 f"{stream.num_non_finite} of {stream.num_finite + stream.num_non_finite} gradients were non-finite "
                 f"(first: {stream.first_non_finite}){used}."
@@ -300,12 +317,12 @@ def prune(
     grad_batch_size: int = 1,
     damping: float = 0.1,
     damping_mode: str = "relative",
-    update: str | None = "sum",
+    update: str | None = "auto",
     targets: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] | None = None,
     loss_fn: LossFn | None = None,
     eval_fn: Callable[[nn.Module], Any] | None = None,
-    num_recomputations: int = 0,
+    num_recomputations: int | None = None,
     centered: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -313,17 +330,22 @@ def prune(
 ) -> Report:
     """Set round(sparsity · d) of the d target weights to zero where the loss suffers least, and correct the others.
 
-    data: iterable of batches (input, label) or dicts, read once and only as far as needed: num_grads · grad_batch_size
-        samples, in the loader's order.  It may be None for method "magnitude".
-    method: "woodfisher" (blocks of the inverse Fisher), "diagonal" (blocks of one), "magnitude" (no gradients).
+    data: iterable of batches (input, label) or dicts, read only as far as needed: num_grads · grad_batch_size samples for
+        every estimate, in the loader's order.  It may be None for method "magnitude".
+    method: "woodfisher" (blocks of the inverse Fisher), "woodtaylor" (the same with the gradient of the loss, for networks
+        that are not trained to the end; best with block_size=None), "diagonal" (blocks of one), "magnitude" (no gradients).
     scope: "global" ranks all weights together, "layer" gives every tensor the same share; what rounding leaves
         over goes to the tensors with the largest remainders.
     block_size: B, weights per Fisher block; None for one block over everything.
     grad_batch_size: 1 for per-sample gradients, n for means over mini-batches of n.
     damping: λ, added to the Fisher's diagonal ("absolute", the paper's), or the multiple of its mean diagonal to add
         ("relative", which needs no tuning from network to network).
-    update: of the kept weights: "sum", "joint", or None.   Only for "woodfisher".  In one shot "sum" lost less on
-        convolutional networks, "joint" on small multilayer perceptrons.
+    update: of the kept weights: "sum" (the paper's), "joint" (exact for all removed weights of a block together), None,
+        or "auto": "sum" for a single step, "joint" with recomputations.   Only for methods with blocks.
+    num_recomputations: how often gradients and inverse are made anew on the way to the final sparsity, each time at the
+        point reached and for the weights that are left; None: as often as the sparsity calls for (12 times to 80 %).
+        The data are read on, and from the beginning again at their end.
+    centered: the covariance of the gradients in place of the Fisher, for "woodtaylor".
     targets, ignore: names, module names or globs, with or without ".weight"; by default Linear and convolution weights.
     loss_fn: loss_fn(model, batch) -> one number, the mean over the batch.  For per-sample gradients it is called with
         batches of one sample, under torch.func.vmap.  The model it gets is the same object, in eval mode.
@@ -378,8 +400,7 @@ def prune(
         if method == "magnitude" or data is None:
             outcome = run.without_gradients(weight, ~dead)
         else:
-            repeat = num_grads * grad_batch_size if num_recomputations else None
-            reader = SampleReader(data, found.device, repeat=repeat)
+            reader = SampleReader(data, found.device, repeat=num_grads * grad_batch_size)
             outcome = run.with_gradients(weight, ~dead, objective, reader, limit)
             objective.weights = old
         stream = outcome.streams[0] if outcome.streams else None

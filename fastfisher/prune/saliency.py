@@ -27,15 +27,15 @@ def woodfisher(weight: Tensor, finv: FisherInverse) -> Tensor:
     return finv.saliency(weight)
 
 
-def newton_point(weight: Tensor, finv: FisherInverse) -> Tensor:
-    """w − F⁻¹ ∇L, the minimiser of the quadratic model with its gradient term; new, [d].
+def newton_step(finv: FisherInverse) -> Tensor:
+    """u = F⁻¹ ∇L, float64 [d]; w − u is the minimiser of the quadratic model with its gradient term.
 
-    With it in place of w, `woodfisher` and the updates are those of WoodTaylor: (w_q − u_q)² / (2 [F⁻¹]_qq) is eq. 5.8
-    for u = F⁻¹ ∇L, and what the update adds to w − u is eq. 5.6.   finv holds ∇L as its `mean`.
+    With w − u in place of w, `woodfisher` and the updates are those of WoodTaylor: (w_q − u_q)² / (2 [F⁻¹]_qq) is eq.
+    5.8, and what the update adds to w − u is eq. 5.6.   finv holds ∇L as its `mean`.
     """
     if finv.mean is None:
         raise ValueError("the inverse holds no mean gradient; accumulate with mean=True")
-    return weight - finv.mul(finv.mean.to(weight.dtype))
+    return finv.mul(finv.mean)
 
 
 SCORES = {"woodfisher": woodfisher, "woodtaylor": woodfisher, "diagonal": diagonal}

@@ -9,13 +9,15 @@ from fastfisher.errors import FastFisherError
 
 BLOCK_METHODS = ("woodfisher", "woodtaylor")
 # Power of the polynomial along which recomputed steps approach the final sparsity.
-SPACING = 3
+SPACING = 2
+# Steps for each factor e by which the weights become fewer, where their number is not given: 13 to 80 %, 19 to 90 %.
+STEPS_PER_E = 8
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "method": ("woodfisher", "woodtaylor", "diagonal", "magnitude"),
     "scope": ("global", "layer"),
     "damping_mode": ("absolute", "relative"),
-    "update": ("sum", "joint", None),
+    "update": ("auto", "sum", "joint", None),
 }
 
 
@@ -38,7 +40,7 @@ class Settings:
     damping_mode: str
     update: str | None
     seed: int
-    num_recomputations: int = 0
+    num_recomputations: int | None = 0
     centered: bool = False
 
     def __post_init__(self) -> None:
@@ -55,8 +57,10 @@ class Settings:
             _positive_int("block_size", self.block_size)
         _positive_int("num_grads", self.num_grads)
         n = self.num_recomputations
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise FastFisherError(f"num_recomputations must be a whole number of at least 0; got {n!r}")
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 0):
+            raise FastFisherError(
+                f"num_recomputations must be None or a whole number of at least 0; got {n!r}"
+            )
         if self.centered and self.method != "woodtaylor":
             raise FastFisherError(f"centered=True goes with method='woodtaylor'; got method={self.method!r}")
         _positive_int("grad_batch_size", self.grad_batch_size)
@@ -73,15 +77,28 @@ class Settings:
 
     @property
     def applied_update(self) -> str | None:
-        """The update of the kept weights: only methods with blocks have one (a diagonal Fisher couples nothing)."""
-        return self.update if self.method in BLOCK_METHODS else None
+        """The update of the kept weights: only methods with blocks have one (a diagonal Fisher couples nothing).
+
+        "auto": "joint", the minimiser of the quadratic model, but "sum" where one step is to trust it all the way.
+        """
+        if self.method not in BLOCK_METHODS:
+            return None
+        if self.update == "auto":
+            return "sum" if self.num_recomputations == 0 else "joint"
+        return self.update
 
     def targets_of_steps(self, before: float) -> list[float]:
-        """The sparsity after each step, from that `before` to the final one: s_f − (s_f − s_0)(1 − i/n)³, i = 1 ... n.
+        """The sparsity after each step, from that `before` to the final one: s_f − (s_f − s_0)(1 − i/n)², i = 1 ... n.
 
-        A method without gradients has nothing to recompute, and one step.   Source: Zhu & Gupta, 2017.
+        A method without gradients has nothing to recompute, and one step.   Source: Zhu & Gupta, 2017, with power 3.
         """
-        steps = 1 if self.method == "magnitude" else self.num_recomputations + 1
+        if self.method == "magnitude":
+            return [self.sparsity]
+        if self.num_recomputations is None:
+            left = max((1 - before) / (1 - self.sparsity), 1.0)
+            steps = max(1, math.ceil(STEPS_PER_E * math.log(left)))
+        else:
+            steps = self.num_recomputations + 1
         gap = max(self.sparsity - before, 0.0)
         early = [self.sparsity - gap * (1 - i / steps) ** SPACING for i in range(1, steps)]
         return [*early, self.sparsity]

@@ -285,7 +285,9 @@ def test_streams_go_on_in_the_data_and_begin_again_at_its_end() -> None:
         assert relative(rows, everything[order[6 * i : 6 * i + 6]]) < 1e-5
     with pytest.raises(FastFisherError, match="num_grads=6 but the loader yields 4 samples"):
         three(data, None)
-    with pytest.raises(FastFisherError, match="4 samples after the 6 of the estimates before; give data that"):
+    with pytest.raises(
+        FastFisherError, match="4 samples after the 6 of the estimates before; give data that"
+    ):
         three(iter(data), 6)
 
 

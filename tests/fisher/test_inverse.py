@@ -466,7 +466,9 @@ def test_peak_memory_above_the_gradients(m: int, d: int, block_size: int, form: 
 
 
 @pytest.mark.parametrize("mode", ["absolute", "relative"])
-@pytest.mark.parametrize(("form", "block_size"), [("primal", 7), ("dual", 7), ("dual", None), ("primal", None)])
+@pytest.mark.parametrize(
+    ("form", "block_size"), [("primal", 7), ("dual", 7), ("dual", None), ("primal", None)]
+)
 def test_centered_inverse_is_that_of_the_covariance(form: str, block_size: int | None, mode: str) -> None:
     grads = gradients("independent", 12, 20, rho=10, damping=1e-2) + 0.5
     layout = BlockLayout.from_sizes([20], block_size)
@@ -484,9 +486,7 @@ def test_centered_inverse_is_that_of_the_covariance(form: str, block_size: int |
     for start, stop in layout.blocks.tolist():
         rows = centered[:, start:stop]
         exact = torch.linalg.inv(rows.T @ rows / 12 + damping * torch.eye(stop - start, dtype=torch.float64))
-        torch.testing.assert_close(
-            finv.diag()[start:stop].double(), exact.diagonal(), rtol=1e-4, atol=0
-        )
+        torch.testing.assert_close(finv.diag()[start:stop].double(), exact.diagonal(), rtol=1e-4, atol=0)
 
 
 def test_the_mean_gradient_is_kept_where_it_is_asked_for() -> None:

@@ -332,7 +332,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": -0.1}, "sparsity must be a fraction in [0, 1); got -0.1."),
     ({"sparsity": float("nan")}, "sparsity must be a fraction in [0, 1); got nan."),
     ({"sparsity": "0.5"}, "sparsity must be a fraction in [0, 1); got '0.5'."),
-    ({"method": "wood"}, "method must be one of 'woodfisher', 'woodtaylor', 'diagonal', 'magnitude'; got 'wood'"),
+    (
+        {"method": "wood"},
+        "method must be one of 'woodfisher', 'woodtaylor', 'diagonal', 'magnitude'; got 'wood'",
+    ),
     ({"scope": "all"}, "scope must be one of 'global', 'layer'; got 'all'"),
     ({"update": "greedy"}, "update must be one of 'sum', 'joint', None; got 'greedy'"),
     ({"damping": 0}, "damping must be a positive number; got 0"),

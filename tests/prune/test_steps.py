@@ -13,7 +13,7 @@ import fastfisher as ff
 from fastfisher.errors import FastFisherError
 from fastfisher.prune.settings import Settings
 from tests.prune.models import assert_same, batches, classifier, images, picture
-from tests.prune.test_prune import D, TARGETS, run, zeros
+from tests.prune.test_prune import TARGETS, D, run, zeros
 
 
 def weights(model: nn.Module, names: tuple[str, ...] = TARGETS) -> Tensor:
@@ -104,13 +104,17 @@ def test_an_interrupt_in_a_later_step_leaves_the_model_as_it_was() -> None:
 
 def test_half_precision_weights_are_corrected_in_float32_between_the_steps() -> None:
     model = classifier(dtype=torch.bfloat16)
-    report = run(model, data=batches(*images(32, dtype=torch.bfloat16), 8), num_recomputations=2, sparsity=0.6)
+    report = run(
+        model, data=batches(*images(32, dtype=torch.bfloat16), 8), num_recomputations=2, sparsity=0.6
+    )
     assert zeros(model) == report.num_zeros == round(0.6 * D)
 
 
 def test_data_that_can_be_read_once_must_last() -> None:
     data = batches(*images(40), 8)
-    with pytest.raises(FastFisherError, match="8 samples after the 32 of the estimates before; give data that"):
+    with pytest.raises(
+        FastFisherError, match="8 samples after the 32 of the estimates before; give data that"
+    ):
         run(classifier(), data=iter(data), num_recomputations=1)
     long = batches(*images(64), 8)
     report = run(classifier(), data=iter(long), num_recomputations=1)
@@ -194,5 +198,7 @@ def test_woodtaylor_follows_from_the_model_with_its_gradient_in_float64(
 
 
 def test_centered_goes_with_woodtaylor_alone() -> None:
-    with pytest.raises(FastFisherError, match="centered=True goes with method='woodtaylor'; got method='diagonal'"):
+    with pytest.raises(
+        FastFisherError, match="centered=True goes with method='woodtaylor'; got method='diagonal'"
+    ):
         run(classifier(), method="diagonal", centered=True)
