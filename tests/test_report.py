@@ -30,6 +30,7 @@ def pruned() -> tuple[nn.Module, Report]:
         sparsity=0.75,
         num_grads=32,
         block_size=20,
+        num_recomputations=0,
         seed=7,
         eval_fn=lambda m: {"accuracy": 0.5, "nonzero": sum(int((p != 0).sum()) for p in m.parameters())},
     )

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -155,9 +155,9 @@ class _Run:
 
         finv = _estimate(stream, settings, self.clock, advance)
         weight = layout.gather(found.new)
+        if settings.method == "woodtaylor":
+            weight = weight - self._taken(saliency.newton_step(finv), finv, stream).to(weight.dtype)
         with self.clock("select"):
-            if settings.method == "woodtaylor":
-                weight = weight - self._taken(saliency.newton_step(finv), finv, stream).to(weight.dtype)
             scores = layout.scatter(saliency.SCORES[settings.method](weight, finv))
             mask = self.select(scores, found.mask, sparsity)
         with self.clock("update"):
@@ -178,13 +178,13 @@ class _Run:
     def _taken(self, u: Tensor, finv: FisherInverse, stream: GradientStream) -> Tensor:
         """What is taken of the step u = F⁻¹ ∇L: t u, 0 <= t <= 1, the minimum along u under the Fisher without blocks.
 
-        t = ∇L·u / uᵀFu with uᵀFu = λ uᵀu + mean (g·u)² over the kept samples.  Blocks do not know of each other and each
-        of them goes all the way: together they overshoot.  One block over everything has t = 1.
+        t = ∇L·u / uᵀFu with uᵀFu = λ uᵀu + mean (g·u)² over the kept samples.  Blocks do not know of each other, and
+        together they overshoot where each goes all the way.  One block over everything has t = 1.
         """
         if finv.mean is None or finv.num_blocks == 1:
             return u
         direction = self.layout.unflatten(stream.layout.scatter(u))
-        with self.clock("gradients"):
+        with self.clock("step length"):
             slopes = torch.cat([stream.objective.slopes(direction, group) for group in stream.kept])
         spread = slopes.var(correction=0) if self.settings.centered else slopes.square().mean()
         curvature = float(spread) + float(finv.damping) * float(u.square().sum())
@@ -330,10 +330,10 @@ def prune(
 ) -> Report:
     """Set round(sparsity · d) of the d target weights to zero where the loss suffers least, and correct the others.
 
-    data: iterable of batches (input, label) or dicts, read only as far as needed: num_grads · grad_batch_size samples for
-        every estimate, in the loader's order.  It may be None for method "magnitude".
-    method: "woodfisher" (blocks of the inverse Fisher), "woodtaylor" (the same with the gradient of the loss, for networks
-        that are not trained to the end; best with block_size=None), "diagonal" (blocks of one), "magnitude" (no gradients).
+    data: iterable of batches (input, label) or dicts, read only as far as needed: num_grads · grad_batch_size samples
+        for every estimate, in the loader's order.  It may be None for method "magnitude".
+    method: "woodfisher" (blocks of the inverse Fisher), "woodtaylor" (the same with the gradient of the loss, which
+        repairs what the steps before have done too), "diagonal" (blocks of one), "magnitude" (no gradients).
     scope: "global" ranks all weights together, "layer" gives every tensor the same share; what rounding leaves
         over goes to the tensors with the largest remainders.
     block_size: B, weights per Fisher block; None for one block over everything.
@@ -396,11 +396,16 @@ def prune(
             with clock("evaluate"):
                 dense = _number(eval_fn(model))
 
-        run = _Run(layout, settings, found.parameters, clock, progress)
+        notes: list[str] = []
         if method == "magnitude" or data is None:
+            run = _Run(layout, settings, found.parameters, clock, progress)
             outcome = run.without_gradients(weight, ~dead)
         else:
             reader = SampleReader(data, found.device, repeat=num_grads * grad_batch_size)
+            if reader.once and num_recomputations is None:
+                settings = replace(settings, num_recomputations=0)
+                notes.append("The data can be read only once, so there was one step without recomputations.")
+            run = _Run(layout, settings, found.parameters, clock, progress)
             outcome = run.with_gradients(weight, ~dead, objective, reader, limit)
             objective.weights = old
         stream = outcome.streams[0] if outcome.streams else None
@@ -426,6 +431,7 @@ def prune(
             device=str(found.device),
             versions=_versions(),
             command=_command(),
+            notes=notes,
         )
         _fill_gradients(report, settings, outcome, objective)
         if report.num_zeros > num_zeros(sparsity, layout.num_weights):

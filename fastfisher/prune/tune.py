@@ -338,7 +338,7 @@ def tune(
     absolute_damping: float | Sequence[float] | None = ABSOLUTE_DAMPING,
     num_grads: int | Sequence[int] = 512,
     block_size: int | Sequence[int | None] | None = 64,
-    num_recomputations: int | None | Sequence[int | None] = None,
+    num_recomputations: int | Sequence[int | None] | None = None,
     held_out: float | Iterable[Any] = HELD_OUT,
     folder: str | Path | None = None,
     loss_fn: LossFn | None = None,

@@ -31,7 +31,7 @@ def steps_of(sparsity: float, num_recomputations: int, before: float = 0.0) -> l
 def test_steps_grow_from_where_the_network_is_and_end_at_the_target() -> None:
     assert steps_of(0.8, 0) == [0.8]
     steps = steps_of(0.8, 3, before=0.2)
-    assert steps == pytest.approx([0.8 - 0.6 * (1 - i / 4) ** 3 for i in (1, 2, 3, 4)])
+    assert steps == pytest.approx([0.8 - 0.6 * (1 - i / 4) ** 2 for i in (1, 2, 3, 4)])
     assert steps_of(0.5, 2, before=0.7) == [0.5, 0.5, 0.5]
 
 
@@ -53,6 +53,19 @@ def test_a_run_with_recomputations_is_one_step_after_the_other(
     assert report.predicted_change is None
     assert "loss before" in str(report)
     assert ff.Report.from_dict(report.to_dict()) == report
+
+
+def test_steps_are_as_many_as_the_sparsity_calls_for() -> None:
+    assert [len(steps_of(s, None)) for s in (0.0, 0.1, 0.5, 0.8, 0.9)] == [1, 1, 6, 13, 19]
+    assert len(steps_of(0.9, None, before=0.8)) == 6
+    assert steps_of(0.5, None, before=0.7) == [0.5]
+
+
+def test_by_default_the_update_is_joint_with_recomputations_and_the_sum_without() -> None:
+    reports = [run(classifier(), num_recomputations=n) for n in (None, 0, 2)]
+    assert [report.update for report in reports] == ["joint", "sum", "joint"]
+    assert [len(report.steps) for report in reports] == [6, 1, 3]
+    assert run(classifier(), method="diagonal").update is None
 
 
 @pytest.mark.parametrize("method", ["woodfisher", "woodtaylor", "diagonal", "magnitude"])
@@ -116,22 +129,26 @@ def test_data_that_can_be_read_once_must_last() -> None:
         FastFisherError, match="8 samples after the 32 of the estimates before; give data that"
     ):
         run(classifier(), data=iter(data), num_recomputations=1)
+    report = run(classifier(), data=iter(data), num_recomputations=None)
+    assert (len(report.steps), report.update) == (1, "sum")
+    assert any("The data can be read only once" in note for note in report.notes)
     long = batches(*images(64), 8)
     report = run(classifier(), data=iter(long), num_recomputations=1)
     assert len(report.steps) == 2
 
 
-@pytest.mark.parametrize("value", [-1, 1.5, True, None])
+@pytest.mark.parametrize("value", [-1, 1.5, True, "12"])
 def test_a_wrong_number_of_recomputations_is_one_sentence(value: Any) -> None:
-    with pytest.raises(FastFisherError, match="num_recomputations must be a whole number of at least 0; got"):
+    message = "num_recomputations must be None or a whole number of at least 0; got"
+    with pytest.raises(FastFisherError, match=message):
         run(classifier(), num_recomputations=value)
-    with pytest.raises(FastFisherError, match="num_recomputations must be a whole number"):
+    with pytest.raises(FastFisherError, match=message):
         ff.plan(classifier(), None, sparsity=0.5, num_recomputations=value)
 
 
 def test_the_plan_counts_every_step() -> None:
     data = batches(*images(32), 8)
-    one = ff.plan(classifier(), data, sparsity=0.9, num_grads=32, block_size=16)
+    one = ff.plan(classifier(), data, sparsity=0.9, num_grads=32, block_size=16, num_recomputations=0)
     many = ff.plan(classifier(), data, sparsity=0.9, num_grads=32, block_size=16, num_recomputations=9)
     seconds = [
         next(phase.seconds for phase in plan.phases if phase.name == "gradients") for plan in (one, many)
@@ -163,15 +180,21 @@ def test_woodtaylor_follows_from_the_model_with_its_gradient_in_float64(
     size = block_size or len(w)
     for a in range(0, len(w), size):
         fisher[a : a + size, a : a + size] = full[a : a + size, a : a + size]
-    fisher += damping * torch.eye(len(w), dtype=torch.float64)
+    identity = torch.eye(len(w), dtype=torch.float64)
+    fisher += damping * identity
     f_inv = torch.linalg.inv(fisher)
     u = f_inv @ slope
+    # as far along u as the whole Fisher allows, all gradients being among the kept samples; with one block all the way
+    length = slope @ u / (u @ (full + damping * identity) @ u)
+    assert float(length) == pytest.approx(1.0) if block_size is None else 0.05 < float(length) < 0.95
+    u = length * u
+    slope = fisher @ u
     # WoodFisher, eq. 5.8 as it stands there
     saliency = (w**2 + u**2) / (2 * f_inv.diag()) - w * u / f_inv.diag()
     q = torch.zeros(len(w), dtype=torch.bool)
     q[saliency.argsort()[: round(0.6 * len(w))]] = True
     if update == "joint":
-        # the minimiser of slope·δ + ½ δᵀFδ where the weights in q become 0
+        # the minimiser of slope·δ + ½ δᵀFδ where the weights in q become 0, slope being F times the step taken
         delta = -w
         delta[~q] = torch.linalg.solve(fisher[~q][:, ~q], -(slope[~q] - fisher[~q][:, q] @ w[q]))
         expected = w + delta
