@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastfisher.fisher.inverse import inverse_diagonal as inverse_diagonal
     from fastfisher.ops import explain as explain
     from fastfisher.ops import use_backend as use_backend
+    from fastfisher.prune.batchnorm import reestimate_batchnorm as reestimate_batchnorm
     from fastfisher.prune.pruner import plan as plan
     from fastfisher.prune.pruner import prune as prune
     from fastfisher.prune.tune import Tuning as Tuning
@@ -41,6 +42,7 @@ _HOME = {
     "ops": "fastfisher.ops",
     "plan": "fastfisher.prune.pruner",
     "prune": "fastfisher.prune.pruner",
+    "reestimate_batchnorm": "fastfisher.prune.batchnorm",
     "tune": "fastfisher.prune.tune",
     "use_backend": "fastfisher.ops",
 }

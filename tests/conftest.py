@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import time
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Read when torch is imported: threads of several processes would wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from tests import tables

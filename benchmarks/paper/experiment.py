@@ -267,8 +267,9 @@ def report(
     panels: Sequence[Panel],
     bars: Sequence[dict[str, Any]],
     title: str,
+    keys: Sequence[str] = ("samples", "grad_batch_size", "damping", "seeds", "sparsities", "name"),
 ) -> None:
-    """Print the table and the bars, and write <out>/<name>.csv, .png and .json."""
+    """Print the table and the bars, and write <out>/<name>.csv, .png and .json with the options `keys`."""
     target = options.out / options.name
     lines = list({line.label: line for panel in panels for line in panel.lines}.values())
     print(f"dense: {curves.mean('dense', 0.0):.2f} ± {curves.deviation('dense', 0.0):.2f}\n")
@@ -282,6 +283,5 @@ def report(
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(target.with_suffix(".csv"), curves)
     draw(target.with_suffix(".png"), curves, panels, options.sparsities, title)
-    keys = ("samples", "grad_batch_size", "damping", "seeds", "sparsities", "name")
     write_record(target.with_suffix(".json"), curves, bars, options, keys)
     print(f"\nwritten: {target}.csv, .png, .json")

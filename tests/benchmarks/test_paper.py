@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.paper import data, experiment, mlpnet_mnist, resnet20_cifar10, resnet20_steps
+from benchmarks.paper import data, experiment, mlpnet_mnist, recomputed, resnet20_cifar10
 from benchmarks.paper.networks import MLPNet, ResNet20
 
 
@@ -117,14 +117,27 @@ def test_resnet_experiment_runs_on_means_of_mini_batches(folder: Path, tmp_path:
     assert len(record["bars"]) == 6
 
 
-def test_steps_experiment_runs(folder: Path, tmp_path: Path) -> None:
-    arguments = ["--data", str(folder), "--out", str(tmp_path), "--samples", "4", "--steps", "1", "2"]
-    resnet20_steps.main(arguments)
-    record = json.loads((tmp_path / "resnet20_steps.json").read_text())
-    assert record["command"] == "python -m benchmarks.paper.resnet20_steps --samples 4 --steps 1 2"
-    with (tmp_path / "resnet20_steps.csv").open() as file:
-        methods = [row["method"] for row in csv.DictReader(file)]
-    assert methods == ["dense", *(f"{u}, {n} steps" for u in ("sum", "joint") for n in (1, 2))]
+def test_recomputed_experiment_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recomputed, "DAMPINGS", (0.1, 1.0))
+    arguments = [
+        "mlpnet",
+        "--data",
+        str(folder),
+        "--out",
+        str(tmp_path),
+        "--samples",
+        "20",
+        "--num-grads",
+        "8",
+    ]
+    recomputed.main([*arguments, "--seeds", "2", "--sparsities", "0.5", "0.9"])
+    command = "python -m benchmarks.paper.recomputed mlpnet --samples 20 --num-grads 8 --seeds 2 --sparsities 0.5 0.9"
+    record = _check_files(tmp_path, "recomputed_mlpnet", [0.5, 0.9], 2, command)
+    assert record["command"] == command
+    assert len(record["bars"]) == 1
+    assert set(record["settings"]["chosen"]) == {
+        f"{m} {s}" for m in ("woodfisher", "woodtaylor") for s in (0.5, 0.9)
+    }
 
 
 def test_pruning_for_the_table_leaves_the_model_as_it_was() -> None:
