@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfisher
+from fastfisher import ops
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
@@ -178,17 +179,26 @@ class _Run:
     def _taken(self, u: Tensor, finv: FisherInverse, stream: GradientStream) -> Tensor:
         """What is taken of the step u = F⁻¹ ∇L: t u, 0 <= t <= 1, the minimum along u under the Fisher without blocks.
 
-        t = ∇L·u / uᵀFu with uᵀFu = λ uᵀu + mean (g·u)² over the kept samples.  Blocks do not know of each other, and
-        together they overshoot where each goes all the way.  One block over everything has t = 1.
+        Blocks do not know of each other, and together they overshoot where each goes all the way: t = 1 / ρ but for the
+        damping, ρ = Σ (Σ_b g_b·u_b)² / Σ Σ_b (g_b·u_b)², the curvature without blocks over that of the blocks.  ρ is
+        taken from the kept samples; as a ratio it hardly depends on which of the few large gradients are among them.
         """
         if finv.mean is None or finv.num_blocks == 1:
             return u
-        direction = self.layout.unflatten(stream.layout.scatter(u))
+        layout, blocks = stream.layout, stream.layout.blocks.to(u.device)
+        whole, apart, product = 0.0, 0.0, torch.empty_like(u)
         with self.clock("step length"):
-            slopes = torch.cat([stream.objective.slopes(direction, group) for group in stream.kept])
-        spread = slopes.var(correction=0) if self.settings.centered else slopes.square().mean()
-        curvature = float(spread) + float(finv.damping) * float(u.square().sum())
-        return u * min(1.0, float(finv.mean @ u) / curvature) if curvature > 0 else u
+            for group in stream.kept:
+                grads, _ = stream.objective.gradients(group)
+                rows = torch.cat([layout.rows(name, grads[name]) for name in layout.names], dim=1)  # [k, d]
+                if self.settings.centered:
+                    rows -= finv.mean.to(rows.dtype)
+                whole += float((rows @ u.to(rows.dtype)).double().square().sum())
+                ops.fisher_vector_product(rows, blocks, len(rows), u[:, None], out=product[:, None])
+                apart += len(rows) * float(u @ product)
+        slope, ridge = float(finv.mean @ u), float(finv.damping) * float(u.square().sum())
+        curvature = ridge + (slope - ridge) * (whole / apart if apart > 0 else 1.0)
+        return u * min(1.0, slope / curvature) if curvature > 0 else u
 
 
 def _mean_loss(objective: Objective, groups: Sequence[Samples], weights: dict[str, Tensor]) -> float:
