@@ -72,7 +72,7 @@ Damping = Annotated[float | None, typer.Option(help="Added to the diagonal of th
 DampingMode = Annotated[str | None, typer.Option(help="absolute, or relative to the mean diagonal.")]
 Update = Annotated[str | None, typer.Option(help="Of the kept weights: auto, joint, sum or none.")]
 Recomputations = Annotated[
-    int | None,
+    str | None,
     typer.Option("--num-recomputations", help="How often the Fisher is estimated anew on the way; or auto."),
 ]
 EvalFn = Annotated[
@@ -392,7 +392,7 @@ def tune(
             found.save(folder)
             print(f"saved tune.json, tune.csv and tune.png in {folder}")
         flags_of = " ".join(
-            f"--{name.replace('_', '-')} {'all' if value is None else value}"
+            f"--{name.replace('_', '-')} {WORDS[name] if value is None else value}"
             for name, value in found.best.items()
         )
         print(f"best: fastfisher prune {flags_of}")

@@ -293,3 +293,58 @@ def test_doctor_recognises_a_torchvision_of_another_torch(monkeypatch: pytest.Mo
 def test_report_json_is_json(user: Path) -> None:
     run(*PRUNE, "--out", "run")
     assert json.loads(Path("run/report.json").read_text())["size"] == 163
+
+
+TUNE = (
+    "tune",
+    "mine:model",
+    "mine:data",
+    "--sparsity",
+    "0.5",
+    "--num-grads",
+    "8,16",
+    "--block-size",
+    "16,all",
+)
+
+
+def test_tune_finds_settings_and_goes_on_where_it_stopped(
+    user: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--relative-damping", "0.1,1", "--absolute-damping", "none", "--num-recomputations", "0,auto")
+    run(*TUNE, *options, "--held-out", "0.5", "--out", "tuning")
+    said = capsys.readouterr().out
+    assert "best: fastfisher prune --damping" in said
+    assert {path.name for path in Path("tuning").iterdir()} == {"tune.json", "tune.csv", "tune.png"}
+    rows = Path("tuning/tune.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 * 2 * 2
+    run(*TUNE, *options, "--held-out", "0.5", "--out", "tuning")
+    assert Path("tuning/tune.csv").read_text().splitlines() == rows
+    best = capsys.readouterr().out.split("best: fastfisher ")[1].split()
+    run(best[0], "mine:model", "mine:data", "--sparsity", "0.5", *best[1:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--relative-damping", "0.1;1"), "'0.1;1' is no list of numbers such as 1,2,3"),
+        (("--relative-damping", "none", "--absolute-damping", "none"), "there is no damping to try"),
+        (("--method", "wood"), "method must be one of"),
+    ],
+)
+def test_tune_says_what_is_wrong(
+    user: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], sentence: str
+) -> None:
+    run(*TUNE, *flags, code=2)
+    assert sentence in capsys.readouterr().err
+
+
+def test_tune_takes_the_file_of_prune(user: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text(
+        "model: mine:model\ndata: mine:data\nsparsity: 0.5\nnum_grads: 16\nblock_size: 16\ndamping: 0.1\n"
+        "method: woodtaylor\nnum_recomputations: 1\nrelative_damping: [0.1, 1.0]\nabsolute_damping: null\n"
+    )
+    run("tune", "--config", "run.yaml", "--out", "tuning")
+    assert len(Path("tuning/tune.csv").read_text().splitlines()) == 3
+    run("prune", "--config", "run.yaml")
+    assert "woodtaylor" in capsys.readouterr().out
