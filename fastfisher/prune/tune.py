@@ -66,9 +66,9 @@ class Trial:
     def others(self) -> str:
         """All settings but the damping, as a label."""
         block = self.settings["block_size"]
-        text = f"{self.settings['num_grads']} gradients, blocks of {'all' if block is None else block}"
+        text = f"{self.settings['num_grads']} gradients\nblocks of {'all' if block is None else block}"
         steps = self.settings["num_recomputations"]
-        return f"{text}, {_count(steps)} recomputations" if steps != 0 else text
+        return text if steps is None else f"{text}\n{steps} recomputed"
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Tuning:
             i, j = rows.index(trial.damping), columns.index(trial.others)
             loss = math.nan if trial.loss is None else trial.loss
             losses[i, j] = loss
-            text, color = (f"{loss:.3g}", "white" if loss < middle else "black")
+            text, color = (f"{loss:.4g}", "white" if loss < middle else "black")
             if not math.isfinite(loss):
                 text, color = "failed", "black"
             axes.text(j, i, text, ha="center", va="center", color=color)
@@ -168,11 +168,9 @@ class Tuning:
                 axes.add_patch(
                     Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="#e45756", linewidth=3)
                 )
-        positive = min(finished) > 0 and max(finished) > min(finished)
-        image = axes.imshow(
-            losses.numpy(), aspect="auto", cmap="viridis", norm=LogNorm() if positive else None
-        )
-        axes.set_xticks(range(len(columns)), [label.replace(", ", ",\n") for label in columns])
+        wide = min(finished) > 0 and max(finished) > 10 * min(finished)
+        image = axes.imshow(losses.numpy(), aspect="auto", cmap="viridis", norm=LogNorm() if wide else None)
+        axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylabel("damping")
         axes.set_title(f"loss held out at {self.sparsity:.0%}")
