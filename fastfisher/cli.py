@@ -1,4 +1,4 @@
-"""The command line: `fastfisher prune | plan | eval | report | doctor | bench`.
+"""The command line: `fastfisher prune | plan | tune | eval | report | doctor | bench`.
 
 Models and data are named `package.module:function`; the function takes no arguments and returns the nn.Module, or an
 iterable of batches.  Flags and the keys of a --config file are the keyword arguments of the Python call; a flag wins
@@ -327,10 +327,8 @@ def prune(
             print(f"saved the report and model.safetensors in {folder}")
 
 
-def several(text: str | None, convert: Callable[[str], Any]) -> Any:
+def several(text: str, convert: Callable[[str], Any]) -> Any:
     """The values of a flag such as 0.01,0.1; 'none' for none at all."""
-    if text is None:
-        return None
     if text == "none":
         return ()
     try:

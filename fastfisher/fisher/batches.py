@@ -219,6 +219,14 @@ class SampleReader:
         self._held = [group.narrow(count, len(group))] if len(group) > count else []
         return self._hand_out(group.narrow(0, min(count, len(group))))
 
+    def groups(self, size: int, limit: int | None = None) -> Iterator[Samples]:
+        """All samples still to come, or as many as make `limit` in all, in groups of up to `size`."""
+        while limit is None or self.seen < limit:
+            samples = self.take(size if limit is None else min(size, limit - self.seen), exactly=False)
+            if samples is None:
+                return
+            yield samples
+
     def _hand_out(self, group: Samples) -> Samples:
         self.seen += len(group)
         return self._move(group)

@@ -78,11 +78,7 @@ def _run(
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     reader = SampleReader(data, device)
     with torch.no_grad():
-        while num_samples is None or reader.seen < num_samples:
-            wanted = batch_size if num_samples is None else min(batch_size, num_samples - reader.seen)
-            samples = reader.take(wanted, exactly=False)
-            if samples is None:
-                break
+        for samples in reader.groups(batch_size, num_samples):
             if len(samples) > 1 or reader.seen == 1:  # one sample left over has no variance
                 forward(model, samples.batch())
     if not reader.seen:

@@ -139,10 +139,10 @@ class Sizes:
     def phase_bytes(self, settings: Settings, limit: int, activation: int) -> dict[str, int]:
         """Bytes per phase when the gradients may take `limit`, and a sample's activations take `activation`."""
         vectors = FLAT_VECTORS * self.num_weights * self.itemsize
-        if settings.num_recomputations != 0:
-            vectors += 2 * INDEX_BYTES * self.num_weights
         if settings.method == "magnitude":
             return {"select": vectors}
+        if settings.num_recomputations != 0:
+            vectors += 2 * INDEX_BYTES * self.num_weights
         row = self.num_weights * self.itemsize
         rows, micro = chunks(row, settings.num_grads, limit, activation)
         buffer = (2 + rows) * row  # the weights, the dead ones, and the rows handed over

@@ -14,8 +14,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from fastfisher.fisher.gradients import LossFn, Objective, untouched
 from fastfisher.prune.pruner import prune
 from fastfisher.prune.settings import Settings
 from fastfisher.prune.targets import Targets, find_targets
+from fastfisher.prune.update import written
 from fastfisher.report import NO_MATPLOTLIB, align
 
 if TYPE_CHECKING:
@@ -225,18 +225,6 @@ def _check(sparsity: float, given: Mapping[str, Any]) -> None:
     )
 
 
-def _collect(reader: SampleReader, limit: int | None) -> list[Samples]:
-    """All samples, or the first `limit`, in groups whose shapes agree."""
-    groups: list[Samples] = []
-    while limit is None or reader.seen < limit:
-        wanted = EVALUATION_BATCH if limit is None else min(EVALUATION_BATCH, limit - reader.seen)
-        samples = reader.take(wanted, exactly=False)
-        if samples is None:
-            break
-        groups.append(samples)
-    return groups
-
-
 def _split(groups: Sequence[Samples], share: float) -> tuple[list[Samples], list[Samples]]:
     """Samples for the gradients and samples held out, spread evenly over the data."""
     ours: list[Samples] = []
@@ -255,18 +243,6 @@ def _mean_loss(objective: Objective, groups: Sequence[Samples]) -> float:
     """The mean loss of the model as it is; its batches weigh by their samples."""
     total = sum(float(objective.batch_loss(group)) * len(group) for group in groups)
     return total / sum(map(len, groups))
-
-
-@contextmanager
-def _put_back(targets: Targets) -> Iterator[None]:
-    """The parameters have their old bits again afterwards."""
-    old = {name: parameter.detach().clone() for name, parameter in targets.parameters.items()}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in targets.parameters.items():
-                parameter.copy_(old[name])
 
 
 class _Record:
@@ -369,7 +345,8 @@ def tune(
         _check(sparsity, settings | options)
     reader = SampleReader(data, targets.device)
     largest = max(settings["num_grads"] for settings in grid) * options.get("grad_batch_size", 1)
-    ours = _collect(reader, None if reader.known is not None else PASSES * largest)
+    limit = None if reader.known is not None else PASSES * largest
+    ours = list(reader.groups(EVALUATION_BATCH, limit))
     fingerprints = [reader.fingerprint]
     if isinstance(held_out, float):
         if not 0 < held_out < 1:
@@ -377,7 +354,7 @@ def tune(
         ours, theirs = _split(ours, held_out)
     else:
         other = SampleReader(held_out, targets.device)
-        theirs = _collect(other, None)
+        theirs = list(other.groups(EVALUATION_BATCH))
         fingerprints.append(other.fingerprint)
     for_gradients, for_loss = (sum(map(len, groups)) for groups in (ours, theirs))
     if for_gradients < largest or not for_loss:
@@ -419,7 +396,8 @@ def _try(
     """One trial; the model has its old weights afterwards."""
     started = time.perf_counter()
     trial = Trial(settings)
-    with _put_back(targets):
+    now = {name: parameter.detach() for name, parameter in targets.parameters.items()}
+    with written(targets.parameters, now, keep=False):  # for what happens inside to be undone
         try:
             prune(model, batches, sparsity=sparsity, loss_fn=loss_fn, seed=seed, **settings, **options)
             with untouched(model, seed):
