@@ -445,7 +445,7 @@ def evaluate(
             objective = Objective(model, list(parameters), loss_fn=loss_fn, grad_batch_size=2)
             reader = SampleReader(data, objective.device)
             loss, correct, judged = 0.0, 0, 0
-            while (samples := reader.take(256, exactly=False)) is not None:
+            for samples in reader.groups(256):
                 loss += float(objective.losses(objective.weights, samples)) * len(samples)
                 batch = samples.batch()
                 if isinstance(batch, tuple) and batch[-1].dim() == 1 and not batch[-1].is_floating_point():
