@@ -460,6 +460,33 @@ def _prune_mask(data: Inputs) -> Makers:
     }
 
 
+def _obs_eliminate(data: Inputs) -> Makers:
+    """The answer is the loss after every removal: where two weights cost nearly the same, either may go first."""
+    primal = data.problem.form == "primal"
+
+    def ours() -> Contender:
+        order, loss = torch.empty_like(data.weight, dtype=torch.int64), torch.empty_like(data.weight).double()
+        failed = torch.empty(len(data.blocks), dtype=torch.bool, device=data.device)
+        state, factor = (data.f_inv, None) if primal else (data.grads, data.factor)
+        return Contender(
+            lambda: (data.weight, state, data.blocks, order, loss, failed),
+            lambda *args: ops.obs_eliminate(*args, factor=factor, damping=DAMPING),
+            lambda b, *rest: {"loss": loss[data.range(b)].cumsum(0)},
+        )
+
+    def strong() -> Contender:
+        piece = data.piece
+        length = (data.blocks[:, 1] - data.blocks[:, 0])[piece.ids]
+        return Contender(
+            lambda: (piece.rows(data.weight), piece.of(data.f_inv), length),
+            rivals.obs_eliminate,
+            lambda b, found, *rest: {"loss": found[1][b // piece.every, : data.length(b)].double().cumsum(0)},
+            piece,
+        )
+
+    return {"ours": ours, "strong": strong}
+
+
 def _obs_update(data: Inputs) -> Makers:
     primal, piece = data.problem.form == "primal", data.dual_piece
 
@@ -543,6 +570,7 @@ _MAKERS: dict[str, Callable[[Inputs], Makers]] = {
     "inverse_diagonal": _inverse_diagonal,
     "block_matvec": _block_matvec,
     "fisher_vector_product": _fisher_vector_product,
+    "obs_eliminate": _obs_eliminate,
     "obs_saliency": _obs_saliency,
     "prune_mask": _prune_mask,
     "obs_update_": _obs_update,
@@ -595,6 +623,22 @@ def _pruned(data: Inputs, b: int, new: Tensor) -> Answer:
     return {"weight": (weight - f_inv @ x) * mask, "zeros": zeros}
 
 
+def _cumulative_loss(weight: Tensor, f_inv: Tensor) -> Tensor:
+    """The loss after every removal, the cheapest weight of those left each time, float64 [n]."""
+    weight, f_inv = weight.clone(), f_inv.clone()
+    gone = torch.zeros_like(weight, dtype=torch.bool)
+    losses = []
+    for _ in range(len(weight)):
+        cost = torch.where(gone, torch.inf, weight.square() / (2 * f_inv.diagonal()))
+        q = int(cost.argmin())
+        losses.append(cost[q])
+        column = f_inv[:, q] / f_inv[q, q]
+        weight -= column * weight[q].clone()
+        f_inv -= torch.outer(column, f_inv[q].clone())
+        gone[q] = True
+    return torch.stack(losses).cumsum(0)
+
+
 def truth(problem: Problem, b: int, device: str = "cpu", got: Answer | None = None) -> Answer:
     """What block b should say, in float64.   got: the answer to compare with; it settles what may be either way."""
     data = inputs_of(problem, device)
@@ -620,10 +664,13 @@ def truth(problem: Problem, b: int, device: str = "cpu", got: Answer | None = No
     reads_state = problem.form == "primal" and problem.op in (
         "inverse_diagonal",
         "block_matvec",
+        "obs_eliminate",
         "obs_update_",
         "obs_solve_",
     )
     f_inv = _our_block(data, data.f_inv, b).double() if reads_state else data.exact_inverse(b)
+    if problem.op == "obs_eliminate":
+        return {"loss": _cumulative_loss(weight, f_inv)}
     if problem.op == "obs_update_":
         x = torch.where(mask, 0, weight / f_inv.diagonal())
         return {"weight": (weight - f_inv @ x) * mask}

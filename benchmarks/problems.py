@@ -274,6 +274,23 @@ def _obs_solve_dual(p: Problem) -> Floor:
     return Floor(_grads_bytes(p) + 9 * d, flops, "float64")
 
 
+def _obs_eliminate(p: Problem) -> Floor:
+    """A Cholesky factorisation of F^-1 whose pivots are chosen on the way, n^3/3; at each of n steps the costs, 3 n,
+    and the new diagonal and weights, 4 n.   Weight in; order and loss, 8 bytes each, out.
+    """
+    flops = p.sum_over_blocks(3) / 3 + 7 * p.sum_over_blocks(2)
+    return Floor(_state_bytes(p) + 20 * p.num_weights, int(flops), "float64")
+
+
+def _obs_eliminate_dual(p: Problem) -> Floor:
+    """V = L^-1 G, m^2 a weight; at each step the column of F^-1, 2 m for every weight that is left, n / 2 on average; the
+    rest as above.
+    """
+    m, n2 = p.num_grads, p.sum_over_blocks(2)
+    flops = m * m * p.num_weights + m * n2 + p.sum_over_blocks(3) / 3 + 7 * n2
+    return Floor(_grads_bytes(p) + _factor_bytes(p) + 20 * p.num_weights, int(flops), "float64")
+
+
 FLOORS: dict[tuple[str, str], Callable[[Problem], Floor]] = {
     ("build", "primal"): _build_primal,
     ("build", "dual"): _build_dual,
@@ -297,6 +314,8 @@ FLOORS: dict[tuple[str, str], Callable[[Problem], Floor]] = {
         _state_bytes(p) + 8 * p.num_weights, 2 * p.sum_over_blocks(2)
     ),
     ("block_matvec", "dual"): _block_matvec_dual,
+    ("obs_eliminate", "primal"): _obs_eliminate,
+    ("obs_eliminate", "dual"): _obs_eliminate_dual,
     ("obs_saliency", "primal"): lambda p: Floor(12 * p.num_weights, 3 * p.num_weights),
     # Saliency, and a byte each for the dead weights and the mask.
     ("prune_mask", "primal"): lambda p: Floor(6 * p.num_weights, 0),
@@ -328,6 +347,8 @@ PROBLEMS = (
     Problem("block_matvec", RESNET20, 256, 100),
     Problem("block_matvec", FIFTH, 256, 1000, "dual", 0.2),
     Problem("fisher_vector_product", FIFTH, 256, 1000, expected_share=0.2),
+    Problem("obs_eliminate", RESNET20, 256, 50, expected_share=0.2, bars={"strong": 20.0}),
+    Problem("obs_eliminate", FIFTH, 256, 1000, "dual", 0.2, contenders=("ours",)),
     Problem("obs_saliency", RESNET20, 256, 100),
     Problem("prune_mask", RESNET20, 256, 100),
     Problem("obs_update_", RESNET20, 256, 100),
@@ -395,6 +416,7 @@ GPU_PROBLEMS = (
     _resnet50("block_matvec", 64, 50),
     _resnet50("block_matvec", 100, 1000, "dual", 0.2),
     _resnet50("fisher_vector_product", 100, 1000, "primal", 0.2),
+    _resnet50("obs_eliminate", 64, 50, contenders=("ours", "strong", "triton")),
     _resnet50("obs_saliency", 64, 50),
     _resnet50("prune_mask", 64, 50, contenders=("ours", "strong", "strong sort", "native", "triton")),
     _resnet50("obs_update_", 64, 50),
@@ -424,7 +446,7 @@ def _sweeps(d: int, m: int, ms: tuple[int, ...], ds: tuple[int, ...]) -> dict[st
 # the same shapes of work at a size for tests, ragged tails included
 TINY_BLOCKS = {50: 20, 64: 18, 100: 24, 128: 21, 256: 22, 1000: 200}
 TINY = tuple(
-    Problem(p.op, 1_030, 24, TINY_BLOCKS[p.block_size], p.form, p.expected_share, p.bars) for p in PROBLEMS
+    replace(p, num_weights=1_030, num_grads=24, block_size=TINY_BLOCKS[p.block_size]) for p in PROBLEMS
 )
 GPU_TINY = tuple(
     replace(

@@ -264,3 +264,27 @@ def obs_solve_dual_(weight: Tensor, grads: Tensor, damping: float, mask: Tensor)
     gram = scaled_identity(num_blocks, num_grads, num_grads * damping, kept).baddbmm_(kept, kept.mT)
     inner = torch.cholesky_solve(removed, torch.linalg.cholesky_ex(gram).L)
     weight.mul_(mask).add_(torch.bmm(kept.mT, inner).squeeze(-1))
+
+
+def obs_eliminate(weight: Tensor, f_inv: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """One weight of every block at a time: the cheapest, then F^-1 downdated by a batched outer product.
+
+    weight [K, B], f_inv [K, B, B]; length [K], of which the blocks have so many weights.   Returns their order [K, B]
+    and losses [K, B] float32; what comes after a block's end means nothing.
+    """
+    num_blocks, size = weight.shape
+    weight, f_inv = weight.clone(), f_inv.clone()
+    gone = torch.arange(size, device=weight.device) >= length[:, None]  # [K, B]
+    order = torch.empty(num_blocks, size, dtype=torch.int64, device=weight.device)
+    loss = torch.empty_like(weight)
+    for i in range(size):
+        cost = weight.square() / (2 * f_inv.diagonal(dim1=1, dim2=2))
+        loss[:, i], place = cost.masked_fill_(gone, torch.inf).min(dim=1)
+        order[:, i] = place
+        at = place[:, None, None]
+        column = f_inv.gather(2, at.expand(-1, size, 1))  # [K, B, 1]
+        pivot = column.gather(1, at)  # [K, 1, 1]
+        weight -= (column * (weight.gather(1, place[:, None])[:, :, None] / pivot)).squeeze(-1)
+        f_inv.baddbmm_(column / pivot, column.mT, alpha=-1)
+        gone.scatter_(1, place[:, None], True)
+    return order, loss

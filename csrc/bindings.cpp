@@ -229,6 +229,25 @@ PYBIND11_MODULE(_native, module) {
                                                at<const T>(inv_diag), count, blocks, at<const uint8_t>(mask), threads);
                    });
                });
+    module.def("obs_eliminate", [](const std::string& isa, int threads, bool is_double, Address order, Address loss,
+                                   Address failed, Address weight, Address f_inv, Blocks blocks, Address groups,
+                                   int64_t keep, int64_t together) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.obs_eliminate(at<int64_t>(order), at<double>(loss), at<uint8_t>(failed), at<const T>(weight),
+                                  at<const T>(f_inv), blocks, at<const int64_t>(groups), keep, together, threads);
+        });
+    });
+    module.def("obs_eliminate_dual", [](const std::string& isa, int threads, bool is_double, Address order,
+                                        Address loss, Address failed, Address weight, Gradients g, Address factor,
+                                        double damping, Blocks blocks, Address groups, int64_t keep, int64_t together) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.obs_eliminate_dual(at<int64_t>(order), at<double>(loss), at<uint8_t>(failed), at<const T>(weight),
+                                       ff::Dual{g, at<const double>(factor), damping}, blocks,
+                                       at<const int64_t>(groups), keep, together, threads);
+        });
+    });
     module.def("obs_solve", [](const std::string& isa, int threads, bool is_double, Address weight, Address f_inv,
                                Blocks blocks, Address mask, Address failed) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {

@@ -81,6 +81,10 @@ def problems() -> Iterator[tuple[str, list[object]]]:
     yield "obs_update_", [weight.clone(), inverse, None, blocks, 0.0, inv_diag, keep]
     failed = torch.zeros(K, dtype=torch.bool)
     yield "obs_solve_", [weight.clone(), inverse, None, blocks, m, DAMPING, keep, failed]
+    order, loss = torch.zeros(d, dtype=torch.int64), torch.zeros(d, dtype=torch.float64)
+    rules = [None, 0, 1, order, loss, failed]
+    yield "obs_eliminate", [weight, inverse, None, blocks, 0.0, *rules]
+    yield "obs_eliminate", [weight, few, factor, blocks, DAMPING, *rules]
     yield "dual_factor_", [torch.zeros_like(factor), few, blocks, k, DAMPING, estimates()[0]]
     yield "inverse_diagonal", [few, factor, blocks, DAMPING, torch.zeros(d)]
     yield "block_matvec", [few, factor, blocks, DAMPING, x, torch.zeros_like(x)]

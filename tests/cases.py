@@ -167,3 +167,5 @@ CASES = _table()
 # as those of "two tiles", and most kinds of gradients where they make no difference to how a block is cut.
 SLOW = ("B200", "B256", "B300", "all in one block", "many blocks", "k100", "k257")
 SLOW_DUAL = ("two tiles", "correlated", "aligned", "deficient", "duplicate", "sparse", "decaying")
+# Weights one at a time: what is left where even that is too much.
+QUICK = ("B1", "B3", "B16", "B17", "k16", "gap", "float16 misaligned")

@@ -52,6 +52,13 @@ struct Kernels {
     void (*obs_update)(T* weight, const T* f_inv, const T* inv_diag, int64_t d, Blocks, const uint8_t* mask,
                        int threads);
     void (*obs_update_dual)(T* weight, Dual, const T* inv_diag, int64_t d, Blocks, const uint8_t* mask, int threads);
+    // Removal one by one: order [d] (places of the weights, inside blocks), loss [d] of each removal, NaN for weights
+    // that stay; failed [K] where a pivot is unusable. groups [d] or null: at least `keep` of each stay. together: so
+    // many consecutive weights of a block leave at once.
+    void (*obs_eliminate)(int64_t* order, double* loss, uint8_t* failed, const T* weight, const T* f_inv, Blocks,
+                          const int64_t* groups, int64_t keep, int64_t together, int threads);
+    void (*obs_eliminate_dual)(int64_t* order, double* loss, uint8_t* failed, const T* weight, Dual, Blocks,
+                               const int64_t* groups, int64_t keep, int64_t together, int threads);
     // Exact joint removal of the weights with mask 0; failed [K] marks blocks left untouched.
     void (*obs_solve)(T* weight, const T* f_inv, Blocks, const uint8_t* mask, uint8_t* failed, int threads);
     void (*obs_solve_dual)(T* weight, Gradients, Blocks, double num_grads, double damping, const uint8_t* mask,

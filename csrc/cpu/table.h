@@ -7,6 +7,7 @@
 #include "inverse_diagonal.h"
 #include "inverse_from_grads.h"
 #include "obs.h"
+#include "obs_eliminate.h"
 #include "prune_mask.h"
 #include "sherman_morrison.h"
 #include "woodbury.h"
@@ -30,6 +31,8 @@ constexpr Kernels<T> kernels() {
             prune_mask<T>,
             obs_update<T>,
             obs_update_dual<T>,
+            obs_eliminate<T>,
+            obs_eliminate_dual<T>,
             obs_solve<T>,
             obs_solve_dual<T>};
 }

@@ -7,7 +7,6 @@ be short; with `block_size=None` the whole network is one block.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,7 +20,9 @@ class BlockLayout:
 
     names: of the parameter tensors, in the order of the flat vector.   shapes: one per name.
     block_size: B, or None for one block over everything.
-    Raises FastFisherError where names and shapes do not match, a tensor is empty, or B is below 1 or above d.
+    group: so many consecutive weights are never cut apart; each tensor holds a multiple of it, and blocks are as large
+    as B allows.   last: name -> the dimension of that tensor which runs fastest, by default its last.
+    Raises FastFisherError where names and shapes do not match, a tensor is empty, B is below the group or above d.
     """
 
     names: tuple[str, ...]
@@ -31,8 +32,18 @@ class BlockLayout:
     single_block: bool
     parameter_ranges: dict[str, tuple[int, int]]
     blocks: Tensor  # int64 [K, 2], start and stop of each block
+    group: int
+    last: dict[str, int]
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[Sequence[int]], block_size: int | None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        block_size: int | None,
+        *,
+        group: int = 1,
+        last: Mapping[str, int] | None = None,
+    ) -> None:
         if len(names) != len(shapes) or not names:
             raise FastFisherError(f"names and shapes must pair up, got {len(names)} and {len(shapes)}")
         if len(set(names)) < len(names):
@@ -48,17 +59,31 @@ class BlockLayout:
             start, stop = stop, stop + shape.numel()
             self.parameter_ranges[name] = (start, stop)
         self.num_weights = stop
+        self.group = group
+        self.last = dict(last or {})
         self.single_block = block_size is None
         if block_size is None:
             self.block_size = self.num_weights
             self.blocks = torch.tensor([[0, self.num_weights]])
             return
-        if block_size < 1:
-            raise FastFisherError(f"block_size must be at least 1, got {block_size}")
+        if block_size < group:
+            whole = f", the weights of a group, got {block_size}" if group > 1 else f", got {block_size}"
+            raise FastFisherError(f"block_size must be at least {group}{whole}")
         if block_size > self.num_weights:
             raise FastFisherError(f"block_size={block_size} exceeds the {self.num_weights} weights")
         self.block_size = block_size
-        self.blocks = torch.cat([_cut(*edges, block_size) for edges in self.parameter_ranges.values()])
+        self.blocks = torch.cat([self._cut(*edges) for edges in self.parameter_ranges.values()])
+
+    def _cut(self, start: int, stop: int) -> Tensor:
+        """The blocks [K, 2] of one tensor."""
+        size = self.block_size // self.group * self.group
+        starts = torch.arange(start, stop, size)
+        return torch.stack([starts, (starts + size).clamp(max=stop)], dim=1)
+
+    @property
+    def groups(self) -> Tensor:
+        """The group of every weight, int64 [d], not decreasing."""
+        return torch.arange(self.num_weights) // self.group
 
     @classmethod
     def from_sizes(cls, sizes: Sequence[int], block_size: int | None) -> BlockLayout:
@@ -87,7 +112,13 @@ class BlockLayout:
 
     def rows(self, name: str, grads: Tensor) -> Tensor:
         """The weights of one tensor that are in the layout, from [k, *shape] to [k, its share of d]."""
-        return grads.reshape(grads.shape[0], -1)
+        return self._flat(name, grads, 1)
+
+    def _flat(self, name: str, tensor: Tensor, lead: int) -> Tensor:
+        """[*lead, *shape] as [*lead, its share of d], in the order of the layout."""
+        if name in self.last:
+            tensor = tensor.movedim(lead + self.last[name], -1)
+        return tensor.reshape(*tensor.shape[:lead], -1)
 
     def gather(self, vector: Tensor) -> Tensor:
         """From a vector over all weights of the tensors to the one [d] over those in the layout."""
@@ -112,7 +143,7 @@ class BlockLayout:
         for name, shape in zip(self.names, self.shapes, strict=True):
             if tensors[name].shape != lead + shape:
                 raise FastFisherError(f"{name} must be {[*lead, *shape]}, got {list(tensors[name].shape)}")
-            pieces.append(tensors[name].reshape(*lead, shape.numel()))
+            pieces.append(self._flat(name, tensors[name], len(lead)))
         return torch.cat(pieces, dim=-1)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
@@ -120,10 +151,12 @@ class BlockLayout:
         if vector.shape != (self.num_weights,):
             raise FastFisherError(f"vector must be [{self.num_weights}], got {list(vector.shape)}")
         pieces = vector.split([shape.numel() for shape in self.shapes])
-        return {
-            name: piece.view(shape)
-            for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
-        }
+        tensors = {}
+        for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True):
+            dim = self.last.get(name, len(shape) - 1)
+            moved = [*shape[:dim], *shape[dim + 1 :], *shape[dim : dim + 1]]
+            tensors[name] = piece.view(moved).movedim(-1, dim) if shape else piece.view(shape)
+        return tensors
 
 
 class LiveLayout(BlockLayout):
@@ -143,7 +176,27 @@ class LiveLayout(BlockLayout):
         if not names:
             raise FastFisherError(f"all {whole.num_weights} weights are zero: there is nothing to prune")
         block_size = None if whole.single_block else min(whole.block_size, len(self.index))
-        super().__init__(names, [(counts[name],) for name in names], block_size)
+        self._groups = self.index.cpu() // whole.group
+        super().__init__(names, [(counts[name],) for name in names], block_size, group=whole.group)
+
+    def _cut(self, start: int, stop: int) -> Tensor:
+        """The blocks [K, 2] of one tensor.
+
+        Members of a group that is no longer whole stay together.  A group goes into the block that its first weight
+        belongs to if blocks are shorter than B by all but one of a group; so no block gets longer than B.
+        """
+        if self.group == 1:
+            return super()._cut(start, stop)
+        groups = self._groups[start:stop]
+        first = torch.cat([torch.tensor([True]), groups[1:] != groups[:-1]]).nonzero().squeeze(1)
+        block = first // (self.block_size - self.group + 1)
+        starts = start + first[torch.cat([torch.tensor([True]), block[1:] != block[:-1]])]
+        return torch.stack([starts, torch.cat([starts[1:], torch.tensor([stop])])], dim=1)
+
+    @property
+    def groups(self) -> Tensor:
+        """The group of every weight in the whole, int64 [d], not decreasing."""
+        return self._groups
 
     def describe_block(self, b: int) -> str:
         """Which weights block b holds, by their first and last place in the flattened parameter."""
@@ -162,7 +215,7 @@ class LiveLayout(BlockLayout):
         """The live weights of one tensor, from [k, *shape] to [k, its share of d]."""
         start, stop = self.parameter_ranges[name]
         places = self.index[start:stop] - self.whole.parameter_ranges[name][0]
-        return grads.reshape(grads.shape[0], -1)[:, places]
+        return self.whole.rows(name, grads)[:, places]
 
     def gather(self, vector: Tensor) -> Tensor:
         """From a vector over the whole to the one [d] over the live weights."""
@@ -196,10 +249,3 @@ def covered(blocks: Tensor, num_weights: int) -> Tensor:
     one = torch.ones(len(blocks), dtype=torch.int64, device=blocks.device)
     steps.index_add_(0, blocks[:, 0], one).index_add_(0, blocks[:, 1], -one)
     return steps.cumsum(0)[:-1] > 0
-
-
-def _cut(start: int, stop: int, block_size: int) -> Tensor:
-    """The blocks [ceil((stop-start)/B), 2] of one tensor."""
-    count = math.ceil((stop - start) / block_size)
-    starts = start + block_size * torch.arange(count)
-    return torch.stack([starts, (starts + block_size).clamp(max=stop)], dim=1)

@@ -337,6 +337,33 @@ def _obs_update(
         weight.copy_(updated)
 
 
+@implement("obs_eliminate", "native", why_not)
+def _obs_eliminate(
+    weight: Tensor,
+    state: Tensor,
+    factor: Tensor | None,
+    blocks: Tensor,
+    damping: float,
+    groups: Tensor | None,
+    keep: int,
+    together: int,
+    order: Tensor,
+    loss: Tensor,
+    failed: Tensor,
+) -> None:
+    written = (order.data_ptr(), loss.data_ptr(), failed.data_ptr())
+    rules = (0 if groups is None else groups.data_ptr(), keep, together)
+    if factor is not None:
+        ranges = _blocks(blocks, _longest(blocks))
+        dual = (weight.data_ptr(), _grads(state), factor.data_ptr(), damping, ranges)
+        _kernel("obs_eliminate_dual")(_is_double(weight), *written, *dual, *rules)
+        return
+    dtype = _widest(weight, state)
+    weight, state = weight.to(dtype), state.to(dtype)
+    primal = (weight.data_ptr(), state.data_ptr(), _blocks(blocks, state.shape[-1]))
+    _kernel("obs_eliminate")(_is_double(weight), *written, *primal, *rules)
+
+
 @implement("obs_solve_", "native", why_not)
 def _obs_solve(
     weight: Tensor,

@@ -14,6 +14,7 @@ from fastfisher.ops.fisher_accumulate import fisher_accumulate_
 from fastfisher.ops.fisher_vector_product import fisher_vector_product
 from fastfisher.ops.inverse_diagonal import inverse_diagonal
 from fastfisher.ops.inverse_from_grads import inverse_diagonal_from_grads, inverse_from_grads
+from fastfisher.ops.obs_eliminate import obs_eliminate
 from fastfisher.ops.obs_saliency import obs_saliency
 from fastfisher.ops.obs_solve import obs_solve_
 from fastfisher.ops.obs_update import obs_update_
@@ -37,6 +38,7 @@ __all__ = [
     "dual_factor_",
     "inverse_diagonal",
     "block_matvec",
+    "obs_eliminate",
     "obs_saliency",
     "prune_mask",
     "obs_update_",

@@ -59,6 +59,16 @@ def valid() -> dict[str, dict[str, object]]:
         },
         "inverse_diagonal": {**either, "out": torch.zeros(7)},
         "block_matvec": {**either, "x": torch.ones(7, 2), "out": torch.zeros(7, 2)},
+        "obs_eliminate": {
+            "weight": w,
+            **either,
+            "groups": None,
+            "keep": 0,
+            "together": 1,
+            "order": torch.zeros(7, dtype=torch.int64),
+            "loss": torch.zeros(7, dtype=torch.float64),
+            "failed": torch.zeros(2, dtype=torch.bool),
+        },
         "obs_saliency": {"weight": w, "inv_diag": torch.ones(7), "out": torch.zeros(7)},
         "prune_mask": {
             "saliency": w,
@@ -236,6 +246,20 @@ BAD: list[tuple[str, Change, str]] = [
     ("obs_update_", lambda: {"weight": torch.ones(7).requires_grad_()}, "weight is written .*requires grad"),
     ("obs_solve_", lambda: {"failed": torch.zeros(3, dtype=torch.bool)}, r"failed must be \[2\], got \[3\]"),
     ("obs_solve_", lambda: {"failed": torch.zeros(2)}, "failed must be bool, got float32"),
+    ("obs_eliminate", lambda: {"order": torch.zeros(7)}, "order must be int64, got float32"),
+    ("obs_eliminate", lambda: {"loss": torch.zeros(7)}, "loss must be float64, got float32"),
+    (
+        "obs_eliminate",
+        lambda: {"groups": torch.zeros(6, dtype=torch.int64)},
+        r"groups must be \[7\], got \[6\]",
+    ),
+    ("obs_eliminate", lambda: {"keep": -1}, "keep must be at least 0, got -1"),
+    ("obs_eliminate", lambda: {"together": 0}, "together must be at least 1, got 0"),
+    (
+        "obs_eliminate",
+        lambda: {"groups": torch.zeros(7, dtype=torch.int64), "together": 2},
+        "together must be 1 with them, got 2",
+    ),
     (
         "obs_solve_",
         lambda: {**dual(), "num_grads": 2},

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastfisher import environment, ops
 from fastfisher.kernels import native
-from tests.cases import CASES, SLOW, SLOW_DUAL, Case
+from tests.cases import CASES, QUICK, SLOW, SLOW_DUAL, Case
 from tests.cuda import emulated
 from tests.device import DEVICE, on_device
 
@@ -212,6 +212,22 @@ def solves(form: str) -> Callable[[Case, torch.dtype], Args]:
     return make
 
 
+def eliminations(form: str, keep: int = 0, together: int = 1) -> Callable[[Case, torch.dtype], Args]:
+    """Arguments of obs_eliminate; groups of four, from the start of each block, where `keep` of each must stay."""
+
+    def make(case: Case, dtype: torch.dtype) -> Args:
+        groups = torch.arange(case.num_weights)
+        for start, stop in case.blocks().tolist():
+            groups[start:stop] -= torch.arange(stop - start) % 4
+        order = torch.full((case.num_weights,), -1)
+        loss = torch.full((case.num_weights,), 7.0, dtype=torch.float64)
+        failed = torch.ones(len(case.blocks()), dtype=torch.bool)
+        rules = [groups if keep else None, keep, together]
+        return [vector(case, dtype), *states(case, dtype, form), *rules, order, loss, failed]
+
+    return make
+
+
 @dataclass(frozen=True)
 class Row:
     """An op, how its arguments are made, and which of its outputs are compared as numbers."""
@@ -240,6 +256,12 @@ ROWS = [
     Row("block_matvec", " primal", products("primal", 3), (5,)),
     Row("block_matvec", " primal vector", products("primal", 1), (5,)),
     Row("block_matvec", " dual", products("dual", 3), (5,)),
+    Row("obs_eliminate", " primal", eliminations("primal"), (8, 9, 10)),
+    Row("obs_eliminate", " dual", eliminations("dual"), (8, 9, 10)),
+    Row("obs_eliminate", " primal 2:4", eliminations("primal", keep=2), (8, 9, 10)),
+    Row("obs_eliminate", " dual 2:4", eliminations("dual", keep=2), (8, 9, 10)),
+    Row("obs_eliminate", " primal sets of 3", eliminations("primal", together=3), (8, 9, 10)),
+    Row("obs_eliminate", " dual sets of 4", eliminations("dual", together=4), (8, 9, 10)),
     Row("obs_saliency", "", saliencies, (2,)),
     Row("prune_mask", "", masks, (3, 4)),
     Row("obs_update_", " primal", updates("primal"), (0,)),
@@ -349,6 +371,10 @@ def triples(cases: list[Case] = CASES, row: str = "") -> list[object]:
         for one in rows:
             for backend in backends(one.op):
                 slow = case.name in SLOW or ("dual" in str(one) and case.name in SLOW_DUAL)
+                rules = one.variant.endswith((":4", "sets of 3", "sets of 4"))
+                if rules and case.name in SLOW:
+                    continue  # the reference takes seconds for them
+                slow = slow or (one.op == "obs_eliminate" and case.name not in QUICK)
                 if slow and backend == "triton" and DEVICE.type == "cpu":
                     continue
                 found.append(pytest.param(case, one, backend, id=f"{case}-{one}-{backend}"))

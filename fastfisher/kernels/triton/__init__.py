@@ -28,6 +28,7 @@ FILES = {
     "dual_factor_": "dual_factor",
     "inverse_diagonal": "inverse_diagonal",
     "block_matvec": "block_matvec",
+    "obs_eliminate": "obs_eliminate",
     "obs_saliency": "obs",
     "prune_mask": "prune_mask",
     "obs_update_": "obs",
