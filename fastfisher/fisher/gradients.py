@@ -292,7 +292,7 @@ class Objective:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Per target the rows [k, *shape] of the Fisher, and the losses of the data [k]; k = 1 if grad_batch_size > 1.
 
-        fisher_type "exact": [k R, *shape], the R rows of a sample one after the other, by backward passes for
+        fisher_type "exact": [k n_out, *shape], the rows of a sample one after the other, by backward passes for
         `chunk_size` rows at once (default: all).
         """
         if self.fisher_type == "exact":
@@ -315,12 +315,12 @@ class Objective:
         )
 
     def _exact(self, samples: Samples, chunk_size: int | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Rows Jᵀ v_r for the root V of the Hessian in the outputs, and losses."""
+        """Rows Jᵀ v, v the rows of a root V of the Hessian in the outputs, and losses."""
 
         def one(leaves: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
             pulled: Any = vjp(lambda w: self._outputs(w, samples, _alone(leaves)), self.weights, has_aux=True)
             output, pull, (label, loss) = pulled
-            v = hessian_root(output, label)  # [R, 1, ...]
+            v = hessian_root(output, label)  # [n_out, 1, ...]
             return vmap(lambda v: pull(v)[0], chunk_size=chunk_size)(v), loss
 
         def vmapped() -> tuple[dict[str, Tensor], Tensor]:
@@ -345,7 +345,7 @@ class Objective:
         return _along(direction, grads, len(losses))
 
     def curvatures(self, direction: Mapping[str, Tensor], samples: Samples) -> Tensor:
-        """The Fisher along `direction`, δᵀ F_i δ = Σ_r (g_ir · δ)² in float64 [k], whose mean is δᵀ F δ without λ."""
+        """The Fisher along `direction`, δᵀ F_i δ = Σ (g · δ)² over the rows of a sample, in float64 [k]; without λ."""
         grads, losses = self.gradients(samples)
         rows = len(next(iter(grads.values())))
         return _along(direction, grads, rows).square().reshape(len(losses), -1).sum(1)
@@ -538,7 +538,9 @@ class GradientStream:
                 f"{2 * each * row} bytes where memory_limit is {self._limit}; use fisher_type='mc'"
             )
         rows, at_once = chunks(row, self.num_grads * each, self._limit, activation)
-        return max(1, rows // each), max(1, at_once // each), at_once if at_once < each else None
+        if at_once >= each:
+            return rows // each, at_once // each, None
+        return 1, 1, chunks(row, each, self._limit - 2 * each * row, activation)[1]
 
     def __iter__(self) -> Iterator[Tensor]:
         exactly = self._per_grad > 1
@@ -558,7 +560,7 @@ class GradientStream:
             grads, losses = self.objective.gradients(samples, chunk_size=chunk_size)
             piece = buffer[filled * each : (filled + len(losses)) * each].view(
                 len(losses), each, -1
-            )  # [k, R, d]
+            )  # [k, n_out, d]
             finite = self._write(piece, grads, losses, samples)
             good = int(finite.sum())
             if good < len(finite):
@@ -591,7 +593,7 @@ class GradientStream:
             missing -= count
 
     def _write(self, piece: Tensor, grads: Mapping[str, Tensor], losses: Tensor, samples: Samples) -> Tensor:
-        """Put the gradients into piece [k, R, d], note their norms, and tell which of the k are finite."""
+        """Put the gradients into piece [k, n_out, d], note their norms, and tell which of the k are finite."""
         k, each, _ = piece.shape
         came = len(next(iter(grads.values())))
         if came != k * each:
