@@ -72,7 +72,7 @@ def drawn_root(output: Tensor, label: Tensor) -> Tensor:
 
 
 def hessian_root(output: Tensor, label: Tensor) -> Tensor:
-    """V [n_out, *output.shape] with Σ v vᵀ = ∇²_o ℓ over its rows v, for the output of one sample [1, ...] of size n_out.
+    """V [n_out, *output.shape] with Σ v vᵀ = ∇²_o ℓ over its rows v, for the n_out outputs of one sample [1, ...].
 
     Softmax: v = √(p_c/P) ∇_o(−log p_c) for every class c at every position.   Source: WoodFisher, eq. 3.6.
     """
