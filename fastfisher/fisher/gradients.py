@@ -5,8 +5,14 @@ vmap cannot trace (control flow that depends on data, `.item()`) is differentiat
 says why.
 Mini-batch means (grad_batch_size = n > 1): g_i = ∇_w of the batch loss over n samples, by plain autograd.
 
+Three kinds of Fisher, F = (1/m) Σ_i F_i, with J = ∂o/∂w and the loss ℓ(o, y) of outputs and labels:
+  empirical   F_i = g_i g_iᵀ with the labels of the data
+  mc          the same with labels drawn from the model's prediction, one draw per sample: E[F_i] = Jᵀ ∇²_o ℓ J
+  exact       F_i = Jᵀ ∇²_o ℓ J itself, the sum over the outputs: one row per output, per sample only
+The losses are those of the data's labels in all three.
+
 The model is called through torch.func.functional_call on detached weights and on copies of its buffers, so it is never
-written.  Source: WoodFisher, eq. 3.3 (empirical Fisher) and its 'fisher-mini-bsz'.
+written.  Source: WoodFisher, eq. 3.3 (empirical Fisher) and its 'fisher-mini-bsz', 1.5 and 3.6 (the others).
 """
 
 from __future__ import annotations
@@ -16,13 +22,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad, vjp, vmap
 
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.likelihood import FISHER_TYPES, drawn_root, hessian_root, label_loss, logits_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -73,15 +79,19 @@ def untouched(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 class _BatchLoss(nn.Module):
-    """One number per batch: loss_fn(model, batch), or model(**batch).loss, or the loss inferred from the label."""
+    """One number per batch: loss_fn(model, batch), or model(**batch).loss, or the loss inferred from the label.
+
+    With it outputs and labels, where they tell the likelihood as `label_loss` does, else None.
+    """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn | None) -> None:
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         loss: Any
+        known = None
         if self.loss_fn is not None:
             loss = self.loss_fn(self.model, batch)
         elif isinstance(batch, Mapping):
@@ -92,8 +102,10 @@ class _BatchLoss(nn.Module):
                     f"the model returned no loss for a batch with the keys {sorted(batch)}; add labels to the batch "
                     f"or give loss_fn(model, batch)"
                 )
+            known = _classified(output, batch.get("labels"))
         elif isinstance(batch, tuple) and len(batch) >= 2 and isinstance(batch[-1], Tensor):
-            loss = label_loss(self.model(*batch[:-1]), batch[-1])
+            known = logits_of(self.model(*batch[:-1])), batch[-1]
+            loss = label_loss(*known)
         else:
             what = (
                 f"a tensor of shape {tuple(batch.shape)}"
@@ -110,31 +122,18 @@ class _BatchLoss(nn.Module):
                 else f"{type(loss).__name__}"
             )
             raise FastFisherError(f"the loss of a batch must be one number; got {what}")
-        return loss.reshape(())
+        return loss.reshape(()), known
 
 
-def label_loss(output: Any, label: Tensor) -> Tensor:
-    """Cross entropy for integer labels [n, ...] and outputs [n, C, ...]; mean squared error for float labels."""
-    if not isinstance(output, Tensor):
-        output = getattr(output, "logits", None)
-        if not isinstance(output, Tensor):
-            raise FastFisherError(
-                "the model's output is neither a tensor nor has .logits; give loss_fn(model, batch)"
-            )
-    if label.dtype == torch.bool or label.is_complex():
-        raise FastFisherError(f"no loss can be inferred for {label.dtype} labels; give loss_fn(model, batch)")
-    if label.is_floating_point():
-        if output.numel() != label.numel():
-            raise FastFisherError(
-                f"float labels must have the shape of the output {tuple(output.shape)}; got {tuple(label.shape)}"
-            )
-        return F.mse_loss(output, label.reshape(output.shape).to(output.dtype))
-    if output.dim() != label.dim() + 1:
-        raise FastFisherError(
-            f"integer labels of shape {tuple(label.shape)} do not fit outputs of shape {tuple(output.shape)} "
-            f"[n, classes, ...]; give loss_fn(model, batch)"
-        )
-    return F.cross_entropy(output, label.long())
+def _classified(output: Any, labels: Any) -> tuple[Tensor, Tensor] | None:
+    """Logits [n, C] and labels [n] of a model that classifies and computes its own loss, or None for any other."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
+        return None
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    # one logit to a sample is a regression, whatever the labels are
+    fits = labels.dim() == 1 and logits.dim() == 2 and logits.shape[1] > 1
+    return (logits, labels) if whole and fits else None
 
 
 def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -154,6 +153,8 @@ class Objective:
 
     weights: name -> tensor in the parameter's shape and dtype, for every target name.   grad_batch_size 1: one loss per
     sample; above 1: one loss per call, over all samples given.   `why_loop` is None, or why samples run one at a time.
+    fisher_type: "empirical", "mc" or "exact".   The last two need to know the likelihood: batches (input, label), or
+    dicts with integer labels [n] and a model that returns .logits [n, C].
     """
 
     def __init__(
@@ -163,7 +164,21 @@ class Objective:
         *,
         loss_fn: LossFn | None = None,
         grad_batch_size: int = 1,
+        fisher_type: str = "empirical",
     ) -> None:
+        if fisher_type not in FISHER_TYPES:
+            raise FastFisherError(
+                f"fisher_type must be one of {', '.join(FISHER_TYPES)}; got {fisher_type!r}"
+            )
+        if fisher_type == "exact" and grad_batch_size > 1:
+            raise FastFisherError(
+                f"fisher_type='exact' sums over the outputs of single samples; got grad_batch_size={grad_batch_size}"
+            )
+        if fisher_type != "empirical" and loss_fn is not None:
+            raise FastFisherError(
+                f"fisher_type={fisher_type!r} needs labels that tell the likelihood, which loss_fn does not; "
+                f"use fisher_type='empirical'"
+            )
         aliases = parameter_aliases(model)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in names:
@@ -172,6 +187,7 @@ class Objective:
         self.weights: dict[str, Tensor] = {name: parameters[name].detach() for name in names}
         self.device = next(iter(self.weights.values())).device
         self.grad_batch_size = grad_batch_size
+        self.fisher_type = fisher_type
         self.why_loop: str | None = None
         self._loss = _BatchLoss(model, loss_fn)
         self._aliases = {name: tuple(f"model.{alias}" for alias in aliases[name]) for name in names}
@@ -182,20 +198,50 @@ class Objective:
         for name, buffer in model.named_buffers(remove_duplicate=False):
             self._fixed[f"model.{name}"] = copies.setdefault(id(buffer), buffer.detach().clone())
 
-    def _batch_loss(
+    def _evaluate(
         self, weights: Mapping[str, Tensor], samples: Samples, leaves: Sequence[Tensor]
-    ) -> Tensor:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The loss of a batch, and its outputs and labels where they are known."""
         state = dict(self._fixed)
         for name, weight in weights.items():
             state.update(dict.fromkeys(self._aliases[name], weight))
         # aliases are spelled out above: storage may be shared where torch sees two parameters
-        loss: Tensor = functional_call(self._loss, state, (samples.batch(leaves),), tie_weights=False)
-        return loss
+        result: tuple[Tensor, tuple[Tensor, Tensor] | None] = functional_call(
+            self._loss, state, (samples.batch(leaves),), tie_weights=False
+        )
+        return result
+
+    def _batch_loss(
+        self, weights: Mapping[str, Tensor], samples: Samples, leaves: Sequence[Tensor]
+    ) -> Tensor:
+        return self._evaluate(weights, samples, leaves)[0]
 
     def _sample_loss(
         self, weights: Mapping[str, Tensor], samples: Samples, leaves: Sequence[Tensor]
     ) -> Tensor:
-        return self._batch_loss(weights, samples, [leaf.unsqueeze(0) for leaf in leaves])
+        return self._batch_loss(weights, samples, _alone(leaves))
+
+    def _outputs(
+        self, weights: Mapping[str, Tensor], samples: Samples, leaves: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Outputs, and labels with the loss of the data; raises where the likelihood is not known."""
+        loss, known = self._evaluate(weights, samples, leaves)
+        if known is None:
+            raise FastFisherError(
+                f"fisher_type={self.fisher_type!r} needs batches (input, label), or dicts with integer labels [n] and "
+                f"a model that returns .logits [n, classes >= 2]; got a dict with the keys {sorted(samples.skeleton)}"
+            )
+        return known[0], (known[1], loss)
+
+    def _height(
+        self, kind: str, weights: Mapping[str, Tensor], samples: Samples, leaves: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What is differentiated for one row, and the loss of the data."""
+        if kind == "empirical":
+            loss = self._batch_loss(weights, samples, leaves)
+            return loss, loss
+        output, (label, loss) = self._outputs(weights, samples, leaves)
+        return (drawn_root(output.detach(), label) * output).sum(), loss
 
     def _guarded(
         self, samples: Samples, plain: Callable[[], Any], vmapped: Callable[[], Any] | None = None
@@ -233,49 +279,96 @@ class Objective:
             ),
         )
 
-    def gradients(self, samples: Samples) -> tuple[dict[str, Tensor], Tensor]:
-        """Per target the gradients [k, *shape], and the losses [k]; k = 1 when grad_batch_size > 1."""
+    def rows_per_sample(self, samples: Samples) -> int:
+        """Rows that each of these samples gives: the size of its output for "exact", else 1."""
+        if self.fisher_type != "exact":
+            return 1
+        with torch.no_grad():
+            output, _ = self._guarded(samples, lambda: self._outputs(self.weights, samples, samples.leaves))
+        return int(output[0].numel())
+
+    def gradients(
+        self, samples: Samples, *, chunk_size: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Per target the rows [k, *shape] of the Fisher, and the losses of the data [k]; k = 1 if grad_batch_size > 1.
+
+        fisher_type "exact": [k n_out, *shape], the rows of a sample one after the other, by backward passes for
+        `chunk_size` rows at once (default: all).
+        """
+        if self.fisher_type == "exact":
+            return self._exact(samples, chunk_size)
+        return self._single(self.fisher_type, samples)
+
+    def _single(self, kind: str, samples: Samples) -> tuple[dict[str, Tensor], Tensor]:
+        """One row per sample or mini-batch, and its loss."""
         if self.grad_batch_size > 1:
-            return self._guarded(samples, lambda: self._plain(samples, None))
+            return self._guarded(samples, lambda: self._plain(kind, samples, samples.leaves))
 
         def vmapped() -> tuple[dict[str, Tensor], Tensor]:
-            one = grad_and_value(lambda w, leaves: self._sample_loss(w, samples, leaves))
-            # no_grad reaches the level outside grad_and_value only: nothing else records a graph
+            one = grad(lambda w, leaves: self._height(kind, w, samples, _alone(leaves)), has_aux=True)
+            # no_grad reaches the level outside grad only: nothing else records a graph
             with torch.no_grad():
                 return vmap(one, in_dims=(None, 0), randomness="different")(self.weights, samples.leaves)
 
-        def looped() -> tuple[dict[str, Tensor], Tensor]:
-            pairs = [self._plain(samples, leaves) for leaves in _each(samples)]
-            grads = {name: torch.cat([pair[0][name] for pair in pairs]) for name in self.weights}
-            return grads, torch.cat([pair[1] for pair in pairs])
+        return self._guarded(
+            samples, lambda: self._looped(samples, lambda x: self._plain(kind, samples, x)), vmapped
+        )
 
-        return self._guarded(samples, looped, vmapped)
+    def _exact(self, samples: Samples, chunk_size: int | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Rows Jᵀ v, v the rows of a root V of the Hessian in the outputs, and losses."""
+
+        def one(leaves: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+            pulled: Any = vjp(lambda w: self._outputs(w, samples, _alone(leaves)), self.weights, has_aux=True)
+            output, pull, (label, loss) = pulled
+            v = hessian_root(output, label)  # [n_out, 1, ...]
+            return vmap(lambda v: pull(v)[0], chunk_size=chunk_size)(v), loss
+
+        def vmapped() -> tuple[dict[str, Tensor], Tensor]:
+            with torch.no_grad():
+                grads, losses = vmap(one, randomness="different")(samples.leaves)
+            return {name: rows.flatten(0, 1) for name, rows in grads.items()}, losses
+
+        def plain(leaves: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+            with torch.enable_grad():
+                weights = self._differentiable()
+                output, (label, loss) = self._outputs(weights, samples, leaves)
+                v = hessian_root(output.detach(), label)
+                rows = [_backward((row * output).sum(), weights, again=True) for row in v]
+            return {name: torch.cat([row[name] for row in rows]) for name in weights}, loss.detach()[None]
+
+        return self._guarded(samples, lambda: self._looped(samples, plain), vmapped)
 
     def slopes(self, direction: Mapping[str, Tensor], samples: Samples) -> Tensor:
-        """The loss's derivatives along `direction`, g_i · δ in float64 [k]."""
+        """The derivatives of the data's loss along `direction`, ∇ℓ_i · δ in float64 [k], for every fisher_type."""
         # forward mode would take as long (ResNet-20, one core) and lacks operators
-        grads, losses = self.gradients(samples)
-        total = torch.zeros(len(losses), dtype=torch.float64, device=losses.device)
-        for name, delta in direction.items():
-            total += grads[name].reshape(len(total), -1).double() @ delta.reshape(-1).double()
-        return total
+        grads, losses = self._single("empirical", samples)
+        return _along(direction, grads, len(losses))
 
-    def _plain(self, samples: Samples, leaves: Sequence[Tensor] | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradient and loss of one sample, or of the whole batch where leaves is None, by plain autograd."""
+    def curvatures(self, direction: Mapping[str, Tensor], samples: Samples) -> Tensor:
+        """The Fisher along `direction`, δᵀ F_i δ = Σ (g · δ)² over the rows of a sample, in float64 [k]; without λ."""
+        grads, losses = self.gradients(samples)
+        rows = len(next(iter(grads.values())))
+        return _along(direction, grads, rows).square().reshape(len(losses), -1).sum(1)
+
+    def _looped(
+        self, samples: Samples, one: Callable[[Sequence[Tensor]], tuple[dict[str, Tensor], Tensor]]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        pairs = [one(_alone(leaves)) for leaves in _each(samples)]
+        grads = {name: torch.cat([pair[0][name] for pair in pairs]) for name in self.weights}
+        return grads, torch.cat([pair[1] for pair in pairs])
+
+    def _plain(
+        self, kind: str, samples: Samples, leaves: Sequence[Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradient and loss of a batch, by plain autograd."""
         with torch.enable_grad():
-            weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
-            if leaves is None:
-                loss = self._batch_loss(weights, samples, samples.leaves)
-            else:
-                loss = self._sample_loss(weights, samples, leaves)
-            grads: Sequence[Tensor | None] = (None,) * len(weights)
-            if loss.requires_grad:
-                grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-        rows = {
-            name: torch.zeros_like(weight)[None] if grad is None else grad[None]
-            for (name, weight), grad in zip(weights.items(), grads, strict=True)
-        }
+            weights = self._differentiable()
+            height, loss = self._height(kind, weights, samples, leaves)
+            rows = _backward(height, weights)
         return rows, loss.detach()[None]
+
+    def _differentiable(self) -> dict[str, Tensor]:
+        return {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
 
     def batch_loss(self, samples: Samples) -> Tensor:
         """The loss of all samples as one batch with the model's own weights, without vmap and without a graph."""
@@ -296,8 +389,7 @@ class Objective:
 
         def run() -> None:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                weights = {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
-                self._batch_loss(weights, samples, samples.leaves)
+                self._batch_loss(self._differentiable(), samples, samples.leaves)
 
         self._guarded(samples, run)
         for tensor in [*self.weights.values(), *self._fixed.values(), *samples.leaves]:
@@ -307,6 +399,30 @@ class Objective:
 
 def _each(samples: Samples) -> Iterator[tuple[Tensor, ...]]:
     return (tuple(leaf[i] for leaf in samples.leaves) for i in range(len(samples)))
+
+
+def _alone(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """One sample as a batch."""
+    return [leaf.unsqueeze(0) for leaf in leaves]
+
+
+def _backward(height: Tensor, weights: Mapping[str, Tensor], *, again: bool = False) -> dict[str, Tensor]:
+    """∇ height as rows [1, *shape], zeros where it does not reach; `again` keeps the graph for another one."""
+    grads: Sequence[Tensor | None] = (None,) * len(weights)
+    if height.requires_grad:
+        grads = torch.autograd.grad(height, list(weights.values()), allow_unused=True, retain_graph=again)
+    return {
+        name: torch.zeros_like(weight)[None] if grad is None else grad[None]
+        for (name, weight), grad in zip(weights.items(), grads, strict=True)
+    }
+
+
+def _along(direction: Mapping[str, Tensor], grads: Mapping[str, Tensor], rows: int) -> Tensor:
+    """g · δ of every row in float64 [k]."""
+    total = torch.zeros(rows, dtype=torch.float64, device=next(iter(grads.values())).device)
+    for name, delta in direction.items():
+        total += grads[name].reshape(rows, -1).double() @ delta.reshape(-1).double()
+    return total
 
 
 def chunks(row_bytes: int, num_grads: int, limit: int, activation_bytes: int = 0) -> tuple[int, int]:
@@ -321,6 +437,9 @@ def chunks(row_bytes: int, num_grads: int, limit: int, activation_bytes: int = 0
 
 class GradientStream:
     """Iterate over the gradients of num_grads samples (or mini-batch means) as [k, d] pieces in the layout's order.
+
+    num_grads is m, the divisor of the Fisher.  For fisher_type "exact" every sample gives `rows_per_grad` rows, a piece
+    holds those of whole samples, and all counts and norms are those of samples.
 
     The pieces are float32 (float64 where a target is float64) views of one buffer that the next piece overwrites.
     data: batches, or a reader that goes on where another stream has stopped.
@@ -354,6 +473,7 @@ class GradientStream:
         self.kept_losses: list[Tensor] = []
         self._reader = data if isinstance(data, SampleReader) else SampleReader(data, objective.device)
         self._per_grad = objective.grad_batch_size
+        self._each = 1 if objective.fisher_type != "exact" else 0  # rows per gradient, 0 for not yet known
         self._ranges = list(layout.parameter_ranges.items())
         self._reached = [False] * len(self._ranges)
         self._limit = memory_limit
@@ -371,6 +491,13 @@ class GradientStream:
     def fingerprint(self) -> str:
         """A hash of the batches read so far."""
         return self._reader.fingerprint
+
+    @property
+    def rows_per_grad(self) -> int:
+        """Rows that every gradient gives: 1, or for "exact" the outputs of a sample, told by the first one to come."""
+        if not self._each:
+            self._each = self.objective.rows_per_sample(self._first())
+        return self._each
 
     @property
     def effective(self) -> float:
@@ -391,32 +518,49 @@ class GradientStream:
             )
         return FastFisherError(text + ".")
 
-    def _chunks(self) -> tuple[int, int]:
-        """Rows of the buffer, and samples differentiated at once."""
-        row = self.layout.num_weights * self.dtype.itemsize
-        if self._per_grad > 1:
-            return chunks(row, self.num_grads, self._limit)[0], 1
+    def _first(self) -> Samples:
         sample = self._reader.peek()
         if sample is None:
             raise self._too_short(0)
-        return chunks(row, self.num_grads, self._limit, self.objective.activation_bytes(sample))
+        return sample
+
+    def _chunks(self) -> tuple[int, int, int | None]:
+        """Gradients in the buffer, samples differentiated at once, and rows of one sample at once where not all."""
+        row = self.layout.num_weights * self.dtype.itemsize
+        if self._per_grad > 1:
+            return chunks(row, self.num_grads, self._limit)[0], 1, None
+        activation = self.objective.activation_bytes(self._first())
+        each = self.rows_per_grad
+        # all rows of a sample must be there before it is known to be finite: in the buffer, and as they came
+        if each > 1 and 2 * each * row > self._limit:
+            raise FastFisherError(
+                f"fisher_type='exact' takes 2 x {each} rows of {self.layout.num_weights} weights for one sample, "
+                f"{2 * each * row} bytes where memory_limit is {self._limit}; use fisher_type='mc'"
+            )
+        rows, at_once = chunks(row, self.num_grads * each, self._limit, activation)
+        if at_once >= each:
+            return rows // each, at_once // each, None
+        return 1, 1, chunks(row, each, self._limit - 2 * each * row, activation)[1]
 
     def __iter__(self) -> Iterator[Tensor]:
         exactly = self._per_grad > 1
-        rows, self.micro_batch = self._chunks()
+        room_for, self.micro_batch, chunk_size = self._chunks()
+        each = self.rows_per_grad
         buffer = torch.empty(
-            rows, self.layout.num_weights, dtype=self.dtype, device=self.objective.device
+            room_for * each, self.layout.num_weights, dtype=self.dtype, device=self.objective.device
         )  # [rows, d]
         kept_bytes = 0
         filled = 0
         # a loader without end may yield nothing finite: as many failures as gradients asked for are enough
         while self.num_finite < self.num_grads and self.num_non_finite <= self.num_grads:
-            wanted = min(self.micro_batch, rows - filled, self.num_grads - self.num_finite)
+            wanted = min(self.micro_batch, room_for - filled, self.num_grads - self.num_finite)
             samples = self._reader.take(self._per_grad if exactly else wanted, exactly=exactly)
             if samples is None:
                 break
-            grads, losses = self.objective.gradients(samples)
-            piece = buffer[filled : filled + len(losses)]  # [k, d]
+            grads, losses = self.objective.gradients(samples, chunk_size=chunk_size)
+            piece = buffer[filled * each : (filled + len(losses)) * each].view(
+                len(losses), each, -1
+            )  # [k, n_out, d]
             finite = self._write(piece, grads, losses, samples)
             good = int(finite.sum())
             if good < len(finite):
@@ -430,7 +574,7 @@ class GradientStream:
                 kept_bytes += samples.nbytes
             self.num_finite += good
             filled += good
-            if filled == rows:
+            if filled == room_for:
                 yield buffer
                 filled = 0
         missing = self.num_grads - self.num_finite
@@ -442,22 +586,30 @@ class GradientStream:
                 f"check the loss and the precision of the model"
             )
         if filled:
-            yield buffer[:filled]
+            yield buffer[: filled * each]
         while missing:
-            count = min(rows, missing)
-            yield buffer[:count].zero_()
+            count = min(room_for, missing)
+            yield buffer[: count * each].zero_()
             missing -= count
 
     def _write(self, piece: Tensor, grads: Mapping[str, Tensor], losses: Tensor, samples: Samples) -> Tensor:
-        """Put the gradients into piece [k, d], note their norms, and tell which rows are finite [k]."""
+        """Put the gradients into piece [k, n_out, d], note their norms, and tell which of the k are finite."""
+        k, each, _ = piece.shape
+        came = len(next(iter(grads.values())))
+        if came != k * each:
+            raise FastFisherError(
+                f"fisher_type='exact' needs outputs of one size; batch {samples.origin[0]} of the loader gives "
+                f"{came // k} of a sample where the first gave {each}"
+            )
+        flat = piece.view(came, -1)
         for name, (start, stop) in self._ranges:
-            piece[:, start:stop] = self.layout.rows(name, grads[name])
+            flat[:, start:stop] = self.layout.rows(name, grads[name])
         squares = torch.stack(
             [
-                torch.linalg.vector_norm(piece[:, a:b], dim=1, dtype=torch.float64) ** 2
+                torch.linalg.vector_norm(flat[:, a:b], dim=1, dtype=torch.float64).view(k, each) ** 2
                 for _, (a, b) in self._ranges
             ]
-        )  # [tensors, k]
+        ).sum(2)  # [tensors, k]
         loss_finite = torch.isfinite(losses)
         finite = (torch.isfinite(squares).all(0) & loss_finite).cpu()
         squares = squares.cpu()

@@ -345,7 +345,8 @@ def inverse_diagonal(
 class FisherAccumulator:
     """Gathers gradients as they come and makes the inverse at the end, in the form that suits their number.
 
-    layout: the blocks.   num_grads: m, the divisor.   num_rows: how many gradients will come, default all m.
+    layout: the blocks.   num_grads: m, the divisor.   num_rows: how many rows will come, default m; more than m where a
+    gradient gives several (fisher_type "exact").
     damping, damping_mode, form: as in `from_grads`.
     device: where the states are, default where the first gradients are; gradients from elsewhere stream there.
     mean: keep the mean gradient, as `FisherInverse.mean`.
@@ -373,8 +374,8 @@ class FisherAccumulator:
         if num_grads < 1:
             raise FastFisherError(f"num_grads must be at least 1, got {num_grads}")
         self._num_rows = num_grads if num_rows is None else num_rows
-        if not 1 <= self._num_rows <= num_grads:
-            raise FastFisherError(f"num_rows must be 1 to num_grads={num_grads}, got {num_rows}")
+        if self._num_rows < 1:
+            raise FastFisherError(f"num_rows must be at least 1, got {num_rows}")
         _check_options(damping, damping_mode, form)
         self.form = choose_form(form, self._num_rows, layout.block_size)
         if self.form in ("rank1", "woodbury") and damping_mode == "relative":
@@ -385,7 +386,7 @@ class FisherAccumulator:
             raise FastFisherError(
                 f"form={form!r} cannot be centered: the mean is known after the last gradient"
             )
-        if centered and self._num_rows < num_grads:
+        if centered and self._num_rows != num_grads:
             raise FastFisherError(
                 f"centered=True needs all num_grads={num_grads} gradients, got {num_rows} rows"
             )

@@ -138,12 +138,10 @@ def _block_ranges(tensor: Tensor, num_weights: int, block_size: int | None) -> N
         )
 
 
-def num_grads(value: int, num_rows: int) -> None:
-    """Raise unless m, the divisor of the whole estimate, is at least 1 and at least the rows of this call."""
+def num_grads(value: int) -> None:
+    """Raise unless m, the divisor of the whole estimate, is at least 1; one of them may give several rows."""
     if value < 1:
         raise FastFisherError(f"num_grads must be at least 1, got {value}")
-    if value < num_rows:
-        raise FastFisherError(f"num_grads must be at least the {num_rows} rows of grads, got {value}")
 
 
 def block_size(value: int) -> None:

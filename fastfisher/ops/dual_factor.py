@@ -20,7 +20,7 @@ def _check(
     _checks.dtype("factor", factor, (torch.float64,))
     _checks.contiguous("factor", factor)
     _checks.estimate("condition", condition, num_blocks)
-    _checks.num_grads(num_grads, num_rows)
+    _checks.num_grads(num_grads)
     _checks.damping(damping)
 
 

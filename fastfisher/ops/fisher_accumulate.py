@@ -13,9 +13,9 @@ from fastfisher.ops._registry import define
 def _check(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
     _checks.same_device("fisher", fisher, grads=grads, blocks=blocks)
     num_blocks, block_size = _checks.state("fisher", fisher)
-    num_rows, num_weights = _checks.grads("grads", grads)
+    _, num_weights = _checks.grads("grads", grads)
     _checks.blocks(blocks, num_blocks, num_weights, block_size)
-    _checks.num_grads(num_grads, num_rows)
+    _checks.num_grads(num_grads)
 
 
 _op = define(

@@ -13,9 +13,9 @@ from fastfisher.ops._registry import define
 def _check(grads: Tensor, blocks: Tensor, num_grads: int, x: Tensor, out: Tensor) -> None:
     _checks.same_device("grads", grads, blocks=blocks, x=x, out=out)
     _checks.columns(x, out)
-    num_rows, _ = _checks.grads("grads", grads, x.shape[0])
+    _checks.grads("grads", grads, x.shape[0])
     _checks.blocks(blocks, None, x.shape[0], None)
-    _checks.num_grads(num_grads, num_rows)
+    _checks.num_grads(num_grads)
 
 
 _op = define(

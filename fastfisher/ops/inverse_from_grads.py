@@ -13,7 +13,7 @@ from fastfisher.ops._registry import define
 def _check_common(
     grads: Tensor, num_grads: int, damping: float, num_blocks: int, condition: Tensor, amplification: Tensor
 ) -> None:
-    _checks.num_grads(num_grads, grads.shape[0])
+    _checks.num_grads(num_grads)
     _checks.damping(damping)
     _checks.estimate("condition", condition, num_blocks)
     _checks.estimate("amplification", amplification, num_blocks)

@@ -27,7 +27,7 @@ def _check(
     _checks.contiguous("mask", mask)
     _checks.inverse(state, factor, blocks, damping, num_weights)
     if factor is not None:
-        _checks.num_grads(num_grads, state.shape[0])
+        _checks.num_grads(num_grads)
     _checks.exact_shape("failed", failed, (blocks.shape[0],))
     _checks.dtype("failed", failed, (torch.bool,))
     _checks.contiguous("failed", failed)

@@ -13,9 +13,9 @@ from fastfisher.ops._registry import define
 def _check(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
     _checks.same_device("f_inv", f_inv, grads=grads, blocks=blocks)
     num_blocks, block_size = _checks.state("f_inv", f_inv)
-    num_rows, num_weights = _checks.grads("grads", grads)
+    _, num_weights = _checks.grads("grads", grads)
     _checks.blocks(blocks, num_blocks, num_weights, block_size)
-    _checks.num_grads(num_grads, num_rows)
+    _checks.num_grads(num_grads)
 
 
 _op = define("woodbury_(Tensor(a!) f_inv, Tensor grads, Tensor blocks, int num_grads) -> ()", _check)

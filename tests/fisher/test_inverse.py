@@ -269,8 +269,24 @@ def test_gradients_that_are_not_all(form: str) -> None:
     accumulator.add(grads[:7])
     accumulator.add(grads[7:])
     close(accumulator.finish() @ torch.eye(70), exact)
-    with pytest.raises(FastFisherError, match="num_rows must be 1 to num_grads=30, got 31"):
-        FisherAccumulator(make().layout, num_grads=30, num_rows=31, damping=DAMPING)
+    with pytest.raises(FastFisherError, match="num_rows must be at least 1, got 0"):
+        FisherAccumulator(make().layout, num_grads=30, num_rows=0, damping=DAMPING)
+
+
+@pytest.mark.parametrize("mode", ["absolute", "relative"])
+@pytest.mark.parametrize("form", FORMS)
+def test_several_rows_to_a_gradient(form: str, mode: str) -> None:
+    if mode == "relative" and form in ("rank1", "woodbury"):
+        pytest.skip("a running inverse needs the damping first")
+    grads = grads_(20, rho=1.0)
+    damping = DAMPING * float(grads.double().square().sum()) / (4 * 70) if mode == "relative" else DAMPING
+    exact = torch.linalg.inv(dense(grads, make().layout.blocks, 4, damping))
+    accumulator = FisherAccumulator(
+        make().layout, num_grads=4, num_rows=20, damping=DAMPING, damping_mode=mode, form=form
+    )
+    accumulator.add(grads[:7])
+    accumulator.add(grads[7:])
+    close(accumulator.finish() @ torch.eye(70), exact)
 
 
 @pytest.mark.parametrize("form", ["rank1", "woodbury"])
