@@ -283,8 +283,8 @@ def _obs_eliminate(p: Problem) -> Floor:
 
 
 def _obs_eliminate_dual(p: Problem) -> Floor:
-    """V = L^-1 G, m^2 a weight; at each step the column of F^-1, 2 m for every weight that is left, n / 2 on average; the
-    rest as above.
+    """V = L^-1 G, m^2 a weight; at each step the column of F^-1, 2 m for every weight that is left, n / 2 on average.
+    The rest as above.
     """
     m, n2 = p.num_grads, p.sum_over_blocks(2)
     flops = m * m * p.num_weights + m * n2 + p.sum_over_blocks(3) / 3 + 7 * n2

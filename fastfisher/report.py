@@ -58,7 +58,7 @@ class Report:
     for the pruned model.   loss_dense, loss_pruned: mean loss over loss_samples of the samples that gave the gradients.
     predicted_change: ½ δᵀF δ with the full empirical Fisher F over these samples (damping included) and the δ that
     was applied; slope: ∇L · δ on the same samples, which the quadratic model takes to be 0.   effective_grads:
-    (Σ‖g‖²)²/Σ‖g‖⁴.
+    (Σ‖g‖²)²/Σ‖g‖⁴.   unfit: tensors left dense because they cannot take the pattern, with the reason.
     """
 
     method: str
@@ -70,6 +70,8 @@ class Report:
     zeros_before: int
     layers: list[LayerRow]
     frozen: list[str] = field(default_factory=list)
+    unfit: dict[str, str] = field(default_factory=dict)
+    pattern: str = "unstructured"
     notes: list[str] = field(default_factory=list)
 
     dense: Any = None

@@ -189,6 +189,67 @@ class FisherInverse:
         ops.obs_saliency(weight.detach().contiguous(), self._inv_diag(), out=out)
         return out
 
+    def group_saliency(self, weight: Tensor, size: int) -> Tensor:
+        """½ w_Qᵀ (F⁻¹[Q, Q])⁻¹ w_Q of every `size` consecutive weights Q, what removing them together costs.
+
+        weight: [d] float32/float64; each block holds a multiple of `size`.   Returns float64 [d / size].
+        Raises FisherError where F⁻¹[Q, Q] is not positive definite.   Source: WoodFisher, eq. 2.13, for many weights.
+        """
+        self._check_weight(weight)
+        lengths = self.layout.blocks[:, 1] - self.layout.blocks[:, 0]
+        if int((lengths % size).max()):
+            b = int((lengths % size).argmax())
+            raise FastFisherError(
+                f"groups of {size} do not fill {self.layout.describe_block(b)}, which holds {int(lengths[b])} weights"
+            )
+        out = torch.empty(self.layout.num_weights // size, dtype=torch.float64, device=weight.device)
+        rows = weight.detach().double().view(-1, size, 1)  # [d / size, size, 1]
+        for part in self.parts:
+            for ids, block in _parts.group_blocks(part, size, self.damping):
+                L, info = torch.linalg.cholesky_ex(block)
+                if bool((info > 0).any()):
+                    at = int(ids[(info > 0).nonzero()[0, 0]]) * size
+                    b = int((self.layout.blocks[:, 0] <= at).sum()) - 1
+                    raise FisherError(
+                        f"a group of {size} in {self.layout.describe_block(b)} breaks down at "
+                        f"damping={self.damping:g}; use a larger damping"
+                    )
+                half = torch.linalg.solve_triangular(L, rows[ids], upper=False)
+                out[ids] = half.square().sum(dim=(1, 2)) / 2
+        return out
+
+    def eliminate(self, weight: Tensor, *, keep: int = 0, together: int = 1) -> tuple[Tensor, Tensor]:
+        """Remove the weights of every block one by one, always the cheapest, and tell in which order and at which loss.
+
+        weight: [d] float32/float64, left as it is.   keep: of each of the layout's groups so many stay.
+        together: so many consecutive weights leave at once.
+        Returns order int64 [d], block by block the places of the weights in [0, d), and loss float64 [d], what each
+        removal adds; NaN for weights that stay.  The first j of a block are the `mask` that `prune_update` with "joint"
+        turns into weights whose quadratic loss is the sum of their losses.
+        Raises FisherError where a block breaks down.   Source: see ops.obs_eliminate.
+        """
+        self._check_weight(weight)
+        order = torch.empty(self.layout.num_weights, dtype=torch.int64, device=weight.device)
+        loss = torch.empty(self.layout.num_weights, dtype=torch.float64, device=weight.device)
+        groups = self.layout.groups.to(weight.device) if keep else None
+        for part in self.parts:
+            failed = torch.empty(len(part.blocks), dtype=torch.bool, device=weight.device)
+            ops.obs_eliminate(
+                weight.detach().contiguous(),
+                part.state,
+                part.blocks,
+                order,
+                loss,
+                failed,
+                factor=part.factor,
+                damping=self.damping,
+                groups=groups,
+                keep=keep,
+                together=together,
+            )
+            self._raise_failed(part, failed, "greedy")
+        return order, loss
+
     def prune_update(self, weight: Tensor, mask: Tensor, update: str = "sum") -> Tensor:
         """The weights after removing those outside the mask and correcting the others; new, exactly 0
         outside.
@@ -224,6 +285,8 @@ class FisherInverse:
             "names": list(self.layout.names),
             "shapes": [list(shape) for shape in self.layout.shapes],
             "block_size": None if self.layout.single_block else self.layout.block_size,
+            "group": self.layout.group,
+            "last": dict(self.layout.last),
             "form": self.form,
             "damping": self.damping,
             "num_grads": self.num_grads,
@@ -246,7 +309,13 @@ class FisherInverse:
     def from_state_dict(cls, state: Mapping[str, Any]) -> FisherInverse:
         """The inverse that `state_dict` described; the tensors are shared, not copied."""
         return cls(
-            BlockLayout(state["names"], state["shapes"], state["block_size"]),
+            BlockLayout(
+                state["names"],
+                state["shapes"],
+                state["block_size"],
+                group=state.get("group", 1),
+                last=state.get("last"),
+            ),
             [Part(**part) for part in state["parts"]],
             form=state["form"],
             damping=state["damping"],
@@ -299,11 +368,14 @@ class FisherInverse:
             factor=part.factor,
             damping=self.damping,
         )
+        self._raise_failed(part, failed, "joint")
+
+    def _raise_failed(self, part: Part, failed: Tensor, update: str) -> None:
         if failed.any():
             b = int(part.block_ids[failed.nonzero()[0].cpu()])
             raise FisherError(
-                f"the joint update of {self.layout.describe_block(b)} (block {b} of {self.num_blocks}) breaks down in "
-                f"float64 at damping={self.damping:g}; use update='sum' or a larger damping"
+                f"the {update} update of {self.layout.describe_block(b)} (block {b} of {self.num_blocks}) breaks down "
+                f"in float64 at damping={self.damping:g}; use update='sum' or a larger damping"
             )
 
     def _check_weight(self, weight: Tensor) -> None:

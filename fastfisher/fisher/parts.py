@@ -24,6 +24,7 @@ from fastfisher.ops.threads import torch_on_one_thread
 TOLERANCE = 1e-4  # largest relative error of diag F⁻¹ and of F⁻¹v that a block may be estimated to have
 REFINE = 1e-6  # a dual product with a larger estimated error is refined, see Part.refine
 REFINABLE = 1e-2  # two steps of refinement take an error of this size below TOLERANCE
+GROUP_COLUMNS = 4096  # of a dual block at a time; of a primal state, its square
 LARGEST_MENDED_BLOCK = 4096  # a dual block of more weights than this is not worth B² float64 numbers
 # States are filled and inverted in groups of this size: on a CPU a group stays in cache, on a GPU it fills the machine
 # and bounds what a group needs beside it.
@@ -405,6 +406,37 @@ class Probe:
 def _length(x: Tensor) -> Tensor:
     """The Euclidean length of every row, [K]."""
     return torch.linalg.vector_norm(x, dim=1)
+
+
+def group_blocks(part: Part, size: int, damping: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """The diagonal blocks [size, size] of F⁻¹, float64, with the numbers of their groups in [0, d / size).
+
+    Groups are `size` consecutive weights; every block of the part holds a multiple of it.
+    """
+    if part.factor is not None:
+        for b, (start, stop) in enumerate(part.blocks.tolist()):
+            for first in range(start, stop, GROUP_COLUMNS // size * size):
+                last = min(stop, first + GROUP_COLUMNS // size * size)
+                G = part.state[:, first:last].double()  # [m, n]
+                V = torch.linalg.solve_triangular(part.factor[b].mT, G, upper=False)
+                V = V.view(len(V), -1, size).transpose(0, 1)  # [n / size, m, size]
+                eye = torch.eye(size, dtype=torch.float64, device=V.device).expand(len(V), size, size)
+                ids = torch.arange(first // size, last // size, device=V.device)
+                yield ids, torch.baddbmm(eye, V.mT, V, beta=1 / damping, alpha=-1 / damping)
+        return
+    inside = torch.arange(size, device=part.state.device)
+    at_once = max(1, GROUP_COLUMNS * GROUP_COLUMNS // part.state.shape[1])  # blocks
+    for first in range(0, len(part.blocks), at_once):
+        blocks = part.blocks[first : first + at_once]
+        counts = (blocks[:, 1] - blocks[:, 0]) // size
+        owner = torch.repeat_interleave(
+            torch.arange(len(blocks), device=blocks.device), counts
+        )  # block of each group
+        place = (
+            torch.arange(len(owner), device=blocks.device) - (counts.cumsum(0) - counts)[owner]
+        )  # in that block
+        at = (place[:, None] * size + inside)[:, :, None]
+        yield blocks[owner, 0] // size + place, part.state[first + owner[:, None, None], at, at.mT].double()
 
 
 class _Shelf:

@@ -7,7 +7,7 @@ a few blocks is built from random gradients, on this machine, in well under a se
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, ch
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
 from fastfisher.memory import format_bytes, free_bytes, parse_bytes
 from fastfisher.prune.select import keep_mask
-from fastfisher.prune.settings import Settings
+from fastfisher.prune.settings import BLOCK_METHODS, DATA_FREE, Settings
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.report import align
 
@@ -136,17 +136,22 @@ class Sizes:
             return self.num_blocks * (num_grads**2 * self.block_size + num_grads**3 / 3)
         return self.num_blocks * (num_grads * self.block_size**2 + self.block_size**3)
 
-    def phase_bytes(self, settings: Settings, limit: int, activation: int) -> dict[str, int]:
+    def phase_bytes(
+        self, settings: Settings, limit: int, activation: int, rows_per_grad: int = 1
+    ) -> dict[str, int]:
         """Bytes per phase when the gradients may take `limit`, and a sample's activations take `activation`."""
+        num_rows = settings.num_grads * rows_per_grad
         vectors = FLAT_VECTORS * self.num_weights * self.itemsize
-        if settings.method == "magnitude":
+        if settings.method in DATA_FREE:
             return {"select": vectors}
         if settings.num_recomputations != 0:
             vectors += 2 * INDEX_BYTES * self.num_weights
         row = self.num_weights * self.itemsize
-        rows, micro = chunks(row, settings.num_grads, limit, activation)
+        rows, micro = chunks(row, num_rows, limit, activation)
         buffer = (2 + rows) * row  # the weights, the dead ones, and the rows handed over
-        fisher, inverse = self.fisher_bytes(settings.num_grads)
+        fisher, inverse = self.fisher_bytes(num_rows)
+        if settings.update == "greedy":
+            vectors += 4 * 8 * self.num_weights  # order, losses, and saliencies in order
         return {
             "gradients": buffer + fisher + micro * (row + ACTIVATION_FACTOR * activation),
             "fisher": buffer + fisher,
@@ -176,23 +181,28 @@ def byte_plan(
     targets: Targets,
     memory_limit: int | str | None,
     activation: int = 0,
+    rows_per_grad: int = 1,
 ) -> tuple[Plan, int]:
     """The plan without seconds, and the bytes that the gradients may take beside the Fisher.
 
-    activation: bytes of one sample's activations, 0 where they are not known.
+    activation: bytes of one sample's activations, 0 where they are not known.   rows_per_grad: outer products that a
+    sample gives, more than 1 for fisher_type "exact".
     """
+    num_rows = settings.num_grads * rows_per_grad
     wide = any(parameter.dtype == torch.float64 for parameter in targets.parameters.values())
     sizes = Sizes.of(layout, 8 if wide else 4)
     free = free_bytes(targets.device) if memory_limit is None else parse_bytes(memory_limit)
     limit = GRADIENT_BYTES
-    if free is not None and settings.method != "magnitude":
+    if free is not None and settings.method not in DATA_FREE:
         row = layout.num_weights * sizes.itemsize
-        limit = max(1, min(limit, free - max(sizes.fisher_bytes(settings.num_grads)) - 2 * row))
+        limit = max(1, min(limit, free - max(sizes.fisher_bytes(num_rows)) - 2 * row))
     plan = Plan(
         sizes=sizes,
         num_grads=settings.num_grads,
-        form="none" if settings.method == "magnitude" else sizes.form(settings.num_grads),
-        phases=tuple(Phase(*item) for item in sizes.phase_bytes(settings, limit, activation).items()),
+        form="none" if settings.method in DATA_FREE else sizes.form(num_rows),
+        phases=tuple(
+            Phase(*item) for item in sizes.phase_bytes(settings, limit, activation, rows_per_grad).items()
+        ),
         free=free,
         device=str(targets.device),
     )
@@ -202,10 +212,14 @@ def byte_plan(
 
 
 def gradient_limit(
-    layout: BlockLayout, settings: Settings, targets: Targets, memory_limit: int | str | None
+    layout: BlockLayout,
+    settings: Settings,
+    targets: Targets,
+    memory_limit: int | str | None,
+    rows_per_grad: int = 1,
 ) -> int:
     """Bytes the gradients may take beside the Fisher.  Raises DoesNotFitError where the run does not fit."""
-    found, limit = byte_plan(layout, settings, targets, memory_limit)
+    found, limit = byte_plan(layout, settings, targets, memory_limit, rows_per_grad=rows_per_grad)
     if not found.fits:
         raise DoesNotFitError(found.refusal)
     return limit
@@ -219,9 +233,10 @@ def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def _fisher_seconds(sizes: Sizes, settings: Settings, device: torch.device) -> dict[str, float]:
+def _fisher_seconds(
+    sizes: Sizes, settings: Settings, device: torch.device, num_grads: int
+) -> dict[str, float]:
     """Seconds of every phase after the gradients, from a problem of the same form that is small enough to try."""
-    num_grads = settings.num_grads
     if sizes.form(num_grads) == "dual":
         m, b = min(num_grads, 256), min(sizes.block_size, 4096)
     else:
@@ -264,8 +279,8 @@ def _fisher_seconds(sizes: Sizes, settings: Settings, device: torch.device) -> d
 
 def _gradient_seconds(
     model: nn.Module, data: Iterable[Any], objective: Objective, settings: Settings, limit: int, row: int
-) -> tuple[float, int]:
-    """Seconds of all gradients, and the bytes of the activations behind one, from the loader's first samples."""
+) -> tuple[float, int, int]:
+    """Seconds of all gradients, bytes of the activations behind one, and its rows, from the loader's first samples."""
     reader = SampleReader(data, objective.device)
     per_sample = settings.grad_batch_size == 1
     samples = reader.peek() if per_sample else reader.take(settings.grad_batch_size, exactly=False)
@@ -275,14 +290,15 @@ def _gradient_seconds(
     if samples is None:
         raise FastFisherError(f"num_grads={settings.num_grads} but the loader yields 0 samples.")
     seconds, _ = _timed(lambda: objective.gradients(samples))
-    return seconds * settings.num_grads * settings.grad_batch_size / len(samples), activation
+    total = seconds * settings.num_grads * settings.grad_batch_size / len(samples)
+    return total, activation, objective.rows_per_sample(samples.narrow(0, 1))
 
 
 def plan(
     model: nn.Module,
     data: Iterable[Any] | None,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
     method: str = "woodfisher",
     scope: str = "global",
     block_size: int | None = 64,
@@ -296,6 +312,10 @@ def plan(
     loss_fn: LossFn | None = None,
     num_recomputations: int | None = None,
     centered: bool = False,
+    fisher_type: str = "empirical",
+    pattern: str = "unstructured",
+    cost: str = "params",
+    max_layer_sparsity: float | Mapping[str, float] = 1.0,
     seed: int = 0,
     memory_limit: int | str | None = None,
 ) -> Plan:
@@ -305,56 +325,50 @@ def plan(
     gradients are then not timed.   memory_limit: bytes or a text like "8 GB", by default what is free.
     Raises FastFisherError on bad input; a run that does not fit is no error here, see `fits` and `refusal`.
     """
-    settings = Settings(
-        sparsity,
-        method,
-        scope,
-        block_size,
-        num_grads,
-        grad_batch_size,
-        damping,
-        damping_mode,
-        update,
-        seed,
-        num_recomputations,
-        centered,
-    )
+    settings = Settings.of(locals())
     found = find_targets(model, targets, ignore)
+    found.take(model, settings.rule)
     layout = layout_of(found, settings)
     rough, limit = byte_plan(layout, settings, found, memory_limit)
-    if method == "magnitude" or not rough.fits:
+    if method in DATA_FREE or not rough.fits:
         return rough
     zeros = sum(int((parameter == 0).sum()) for parameter in found.parameters.values())
     before = zeros / layout.num_weights
     steps = settings.targets_of_steps(before)
-    # every step differentiates the whole network, and works on the blocks of the weights that are left
-    work = sum(1 - sparsity for sparsity in [before, *steps[:-1]])
-    seconds = {
-        phase: time * work for phase, time in _fisher_seconds(rough.sizes, settings, found.device).items()
-    }
-    activation = 0
+    seconds: dict[str, float] = {}
+    activation, each = 0, 1
     notes: tuple[str, ...] = ()
     if data is None or isinstance(data, Iterator):
         notes = ("The gradients were not timed: the data can be read only once, or there is none.",)
     else:
         with untouched(model, seed):
             objective = Objective(
-                model, list(found.parameters), loss_fn=loss_fn, grad_batch_size=grad_batch_size
+                model,
+                list(found.parameters),
+                loss_fn=loss_fn,
+                grad_batch_size=grad_batch_size,
+                fisher_type=fisher_type,
             )
             row = layout.num_weights * rough.sizes.itemsize
-            once, activation = _gradient_seconds(model, data, objective, settings, limit, row)
+            once, activation, each = _gradient_seconds(model, data, objective, settings, limit, row)
             seconds["gradients"] = once * len(steps)
             if objective.why_loop is not None:
                 notes = (
                     f"Samples are differentiated one at a time: vmap cannot trace the model ({objective.why_loop}).",
                 )
-    final, _ = byte_plan(layout, settings, found, memory_limit, activation)
+    # every step differentiates the whole network, and works on the blocks of the weights that are left
+    work = sum(1 - sparsity for sparsity in [before, *steps[:-1]])
+    once_each = _fisher_seconds(rough.sizes, settings, found.device, settings.num_grads * each)
+    seconds |= {phase: time * work for phase, time in once_each.items()}
+    final, _ = byte_plan(layout, settings, found, memory_limit, activation, each)
     phases = tuple(replace(phase, seconds=seconds.get(phase.name)) for phase in final.phases)
     return replace(final, phases=phases, notes=notes)
 
 
 def layout_of(targets: Targets, settings: Settings) -> BlockLayout:
     """The targets in one flat order, cut into the blocks of the method."""
-    block = 1 if settings.method == "magnitude" else settings.fisher_block
     shapes = [tuple(parameter.shape) for parameter in targets.parameters.values()]
-    return BlockLayout(list(targets.parameters), shapes, block)
+    group = settings.rule.size if settings.method in BLOCK_METHODS else 1
+    return BlockLayout(
+        list(targets.parameters), shapes, settings.fisher_block, group=group, last=targets.last
+    )

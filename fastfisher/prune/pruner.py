@@ -10,195 +10,32 @@ import os
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastfisher
-from fastfisher import ops
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import SampleReader, Samples
-from fastfisher.fisher.blocks import BlockLayout, LiveLayout
+from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.gradients import GradientStream, LossFn, Objective, untouched
-from fastfisher.fisher.inverse import FisherAccumulator, FisherInverse
 from fastfisher.memory import peak_bytes
-from fastfisher.prune import saliency
 from fastfisher.prune.flops import count_flops
 from fastfisher.prune.plan import gradient_limit, layout_of, plan
-from fastfisher.prune.select import num_zeros, select
-from fastfisher.prune.settings import Settings
+from fastfisher.prune.select import num_zeros
+from fastfisher.prune.settings import DATA_FREE, Settings, layer_limits
+from fastfisher.prune.steps import Clock, Outcome, Progress, Run
 from fastfisher.prune.targets import Targets, find_targets
-from fastfisher.prune.update import as_parameters, updated, written
-from fastfisher.report import LayerRow, Report, StepRow
+from fastfisher.prune.update import as_parameters, written
+from fastfisher.report import LayerRow, Report
 
 __all__ = ["plan", "prune"]
 
-Progress = Callable[[str, int, int], None]
-
 # Below this share of the gradients the Fisher estimate rests on a few samples.
 FEW_EFFECTIVE = 0.1
-
-
-@dataclass
-class _Clock:
-    """Seconds per phase, added up."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-@dataclass
-class _Outcome:
-    """What the gradients led to, before the model is written."""
-
-    new: Tensor  # [d]
-    mask: Tensor  # bool [d]
-    form: str | None = None
-    damping: float | None = None  # λ of the last step
-    streams: list[GradientStream] = field(default_factory=list)  # one for each step
-    steps: list[StepRow] = field(default_factory=list)
-
-
-def _timed(pieces: Iterator[Tensor], clock: _Clock) -> Iterator[Tensor]:
-    while True:
-        with clock("gradients"):
-            piece = next(pieces, None)
-        if piece is None:
-            return
-        yield piece
-
-
-def _estimate(
-    stream: GradientStream, settings: Settings, clock: _Clock, advance: Callable[[int], None]
-) -> FisherInverse:
-    accumulator = FisherAccumulator(
-        stream.layout,
-        num_grads=settings.num_grads,
-        damping=settings.damping,
-        damping_mode=settings.damping_mode,
-        mean=settings.method == "woodtaylor",
-        centered=settings.centered,
-    )
-    for piece in _timed(iter(stream), clock):
-        with clock("fisher"):
-            accumulator.add(piece)
-        advance(stream.num_finite)
-    with clock("inverse"):
-        return accumulator.finish()
-
-
-class _Run:
-    """The steps of one call: gradients, inverse, mask and update, from the point that the step before has reached."""
-
-    def __init__(
-        self,
-        layout: BlockLayout,
-        settings: Settings,
-        parameters: dict[str, nn.Parameter],
-        clock: _Clock,
-        progress: Progress | None,
-    ) -> None:
-        self.layout = layout
-        self.settings = settings
-        self.parameters = parameters
-        self.clock = clock
-        self.progress = progress
-
-    def select(self, scores: Tensor, mask: Tensor, sparsity: float) -> Tensor:
-        """The next mask from the saliency of every weight."""
-        ranges = list(self.layout.parameter_ranges.values())
-        return select(scores, ~mask, sparsity, scope=self.settings.scope, ranges=ranges)
-
-    def without_gradients(self, weight: Tensor, mask: Tensor) -> _Outcome:
-        """Magnitude pruning: one step."""
-        with self.clock("select"):
-            mask = self.select(saliency.magnitude(weight), mask, self.settings.sparsity)
-        return _Outcome(torch.where(mask, weight, 0), mask)
-
-    def with_gradients(
-        self, weight: Tensor, mask: Tensor, objective: Objective, reader: SampleReader, limit: int
-    ) -> _Outcome:
-        """Every step takes gradients where the one before has ended, over the weights that it has left.
-
-        weight: [d].   mask: bool [d], False where a weight is zero already.
-        """
-        found = _Outcome(weight, mask)
-        targets = self.settings.targets_of_steps(float((~mask).sum()) / len(mask))
-        for i, sparsity in enumerate(targets):
-            if i:
-                with self.clock("update"):
-                    objective.weights = as_parameters(found.new, found.mask, self.layout, self.parameters)
-            layout = self.layout if bool(found.mask.all()) else LiveLayout(self.layout, found.mask)
-            stream = GradientStream(
-                objective, reader, layout, num_grads=self.settings.num_grads, memory_limit=limit
-            )
-            self._step(found, sparsity, stream, i, len(targets))
-        return found
-
-    def _step(self, found: _Outcome, sparsity: float, stream: GradientStream, i: int, steps: int) -> None:
-        settings, layout = self.settings, stream.layout
-
-        def advance(done: int) -> None:
-            if self.progress is not None:
-                self.progress("gradients", i * settings.num_grads + done, steps * settings.num_grads)
-
-        finv = _estimate(stream, settings, self.clock, advance)
-        weight = layout.gather(found.new)
-        if settings.method == "woodtaylor":
-            weight = weight - self._taken(saliency.newton_step(finv), finv, stream).to(weight.dtype)
-        with self.clock("select"):
-            scores = layout.scatter(saliency.SCORES[settings.method](weight, finv))
-            mask = self.select(scores, found.mask, sparsity)
-        with self.clock("update"):
-            new = layout.scatter(updated(weight, layout.gather(mask), finv, settings.applied_update))
-        found.new, found.mask, found.form, found.damping = new, mask, finv.form, float(finv.damping)
-        found.streams.append(stream)
-        found.steps.append(
-            StepRow(
-                sparsity=float((~mask).sum()) / len(mask),
-                loss_before=float(torch.cat(stream.kept_losses).mean()),
-                effective_grads=stream.effective,
-                damping_used=found.damping,
-            )
-        )
-        if i:
-            stream.kept.clear()  # the loss is checked on the first samples alone
-
-    def _taken(self, u: Tensor, finv: FisherInverse, stream: GradientStream) -> Tensor:
-        """What is taken of the step u = F⁻¹ ∇L: t u, 0 <= t <= 1, the minimum along u under the Fisher without blocks.
-
-        Blocks do not know of each other, and together they overshoot where each goes all the way: t = 1 / ρ but for the
-        damping, ρ = Σ (Σ_b g_b·u_b)² / Σ Σ_b (g_b·u_b)², the curvature without blocks over that of the blocks.  ρ is
-        taken from the kept samples; as a ratio it hardly depends on which of the few large gradients are among them.
-        """
-        if finv.mean is None or finv.num_blocks == 1:
-            return u
-        layout, blocks = stream.layout, stream.layout.blocks.to(u.device)
-        whole, apart, product = 0.0, 0.0, torch.empty_like(u)
-        with self.clock("step length"):
-            for group in stream.kept:
-                grads, _ = stream.objective.gradients(group)
-                rows = torch.cat([layout.rows(name, grads[name]) for name in layout.names], dim=1)  # [k, d]
-                if self.settings.centered:
-                    rows -= finv.mean.to(rows.dtype)
-                whole += float((rows @ u.to(rows.dtype)).double().square().sum())
-                ops.fisher_vector_product(rows, blocks, len(rows), u[:, None], out=product[:, None])
-                apart += len(rows) * float(u @ product)
-        slope, ridge = float(finv.mean @ u), float(finv.damping) * float(u.square().sum())
-        curvature = ridge + (slope - ridge) * (whole / apart if apart > 0 else 1.0)
-        return u * min(1.0, slope / curvature) if curvature > 0 else u
 
 
 def _mean_loss(objective: Objective, groups: Sequence[Samples], weights: dict[str, Tensor]) -> float:
@@ -211,10 +48,14 @@ def _mean_loss(objective: Objective, groups: Sequence[Samples], weights: dict[st
 def _second_order(
     objective: Objective, groups: Sequence[Samples], change: dict[str, Tensor], damping: float
 ) -> tuple[float, float]:
-    """½ δᵀ(λI + (1/n) Σ ggᵀ)δ and (1/n) Σ g·δ over the kept samples."""
+    """½ δᵀ(λI + F)δ, F the Fisher of the kept samples, and (1/n) Σ g·δ over them."""
     slopes = torch.cat([objective.slopes(change, group) for group in groups])
+    if objective.fisher_type == "empirical":
+        curvatures = slopes**2
+    else:
+        curvatures = torch.cat([objective.curvatures(change, group) for group in groups])
     length = sum(float((delta.double() ** 2).sum()) for delta in change.values())
-    return 0.5 * (float((slopes**2).mean()) + damping * length), float(slopes.mean())
+    return 0.5 * (float(curvatures.mean()) + damping * length), float(slopes.mean())
 
 
 def _number(result: Any) -> Any:
@@ -248,8 +89,6 @@ def _layer_rows(
 ) -> list[LayerRow]:
     rows = []
     for name, (start, stop) in layout.parameter_ranges.items():
-        aliases = targets.aliases[name]
-        modules = [alias.rpartition(".")[0] for alias in aliases]
         rows.append(
             LayerRow(
                 name=name,
@@ -257,8 +96,8 @@ def _layer_rows(
                 weights=stop - start,
                 zeros_before=int(dead[start:stop].sum()),
                 zeros=int((~mask[start:stop]).sum()),
-                flops=None if flops is None else sum(flops.get(module, 0.0) for module in modules),
-                tied_to=aliases[1:],
+                flops=None if flops is None else _layer_flops(targets, name, flops),
+                tied_to=targets.aliases[name][1:],
             )
         )
     return rows
@@ -276,7 +115,7 @@ def _fill_sizes(report: Report, model: nn.Module, total_flops: float | None) -> 
         report.theoretical_speedup = report.flops / report.flops_nz if report.flops_nz > 0 else None
 
 
-def _fill_gradients(report: Report, settings: Settings, outcome: _Outcome, objective: Objective) -> None:
+def _fill_gradients(report: Report, settings: Settings, outcome: Outcome, objective: Objective) -> None:
     if not outcome.streams:
         return
     first = outcome.streams[0]
@@ -319,7 +158,7 @@ def prune(
     model: nn.Module,
     data: Iterable[Any] | None,
     *,
-    sparsity: float,
+    sparsity: float | None = None,
     method: str = "woodfisher",
     scope: str = "global",
     block_size: int | None = 64,
@@ -334,6 +173,10 @@ def prune(
     eval_fn: Callable[[nn.Module], Any] | None = None,
     num_recomputations: int | None = None,
     centered: bool = False,
+    fisher_type: str = "empirical",
+    pattern: str = "unstructured",
+    cost: str = "params",
+    max_layer_sparsity: float | Mapping[str, float] = 1.0,
     seed: int = 0,
     progress: Progress | None = None,
     memory_limit: int | str | None = None,
@@ -370,26 +213,21 @@ def prune(
     Raises FastFisherError (a ValueError) on bad input, FisherError where the arithmetic breaks down.
     Source: WoodFisher (Singh & Alistarh, 2020), sections 2 and 3.
     """
-    settings = Settings(
-        sparsity,
-        method,
-        scope,
-        block_size,
-        num_grads,
-        grad_batch_size,
-        damping,
-        damping_mode,
-        update,
-        seed,
-        num_recomputations,
-        centered,
-    )
+    settings = Settings.of(locals())
     found = find_targets(model, targets, ignore)
+    found.take(model, settings.rule)
     layout = layout_of(found, settings)
     limit = gradient_limit(layout, settings, found, memory_limit)
-    if method != "magnitude" and data is None:
-        raise FastFisherError(f"method={method!r} needs data to take gradients from; got None")
-    clock = _Clock()
+    most = layer_limits(settings, layout)
+    needs_data = method not in DATA_FREE
+    if (needs_data or cost == "flops") and data is None:
+        what = (
+            f"method={method!r} needs data to take gradients from"
+            if needs_data
+            else "cost='flops' needs a sample"
+        )
+        raise FastFisherError(f"{what}; got None")
+    clock = Clock()
 
     with untouched(model, seed):
         old = {name: parameter.detach() for name, parameter in found.parameters.items()}
@@ -400,43 +238,51 @@ def prune(
         if not bool(torch.isfinite(weight).all()):
             name = next(name for name, value in old.items() if not bool(torch.isfinite(value).all()))
             raise FastFisherError(f"{name!r} holds weights that are not finite")
-        objective = Objective(model, list(found.parameters), loss_fn=loss_fn, grad_batch_size=grad_batch_size)
+        objective = Objective(
+            model,
+            list(found.parameters),
+            loss_fn=loss_fn,
+            grad_batch_size=grad_batch_size,
+            fisher_type=fisher_type,
+        )
         dense = control = None
         if eval_fn is not None:
             with clock("evaluate"):
                 dense = _number(eval_fn(model))
 
-        notes: list[str] = []
-        if method == "magnitude" or data is None:
-            run = _Run(layout, settings, found.parameters, clock, progress)
-            outcome = run.without_gradients(weight, ~dead)
-        else:
+        notes = [f"Left dense, {name} cannot take {pattern}: {why}." for name, why in found.unfit.items()]
+        reader = None
+        if data is not None:
             reader = SampleReader(data, found.device, repeat=num_grads * grad_batch_size)
-            if reader.once and num_recomputations is None:
+            if reader.once and num_recomputations is None and needs_data:
                 settings = replace(settings, num_recomputations=0)
                 notes.append("The data can be read only once, so there was one step without recomputations.")
-            run = _Run(layout, settings, found.parameters, clock, progress)
+        total_flops, flops = _operations(objective, model, reader)
+        costs = _costs(found, layout, flops) if cost == "flops" else None
+        run = Run(layout, settings, found.parameters, clock, progress, costs=costs, most=most)
+        if reader is None or not needs_data:
+            outcome = run.without_gradients(weight, ~dead)
+        else:
+            if fisher_type == "exact":
+                each = objective.rows_per_sample(_first(reader))
+                limit = gradient_limit(layout, settings, found, memory_limit, each)
             outcome = run.with_gradients(weight, ~dead, objective, reader, limit)
             objective.weights = old
         stream = outcome.streams[0] if outcome.streams else None
         values = as_parameters(outcome.new, outcome.mask, layout, found.parameters)
 
-        flops: dict[str, float] | None = None
-        total_flops: float | None = None
-        samples = _first_samples(data, objective) if stream is None else stream.kept[0]
-        if samples is not None:
-            total_flops, flops = count_flops(objective, model, samples.narrow(0, grad_batch_size))
-
         report = Report(
             method=method,
             scope=scope,
-            sparsity=float(sparsity),
+            sparsity=float(settings.sparsity),
             update=settings.applied_update,
             num_weights=layout.num_weights,
             num_zeros=int((~outcome.mask).sum()),
             zeros_before=int(dead.sum()),
             layers=_layer_rows(found, layout, dead, outcome.mask, flops),
             frozen=found.frozen,
+            unfit=dict(found.unfit),
+            pattern=pattern,
             seed=seed,
             device=str(found.device),
             versions=_versions(),
@@ -444,7 +290,7 @@ def prune(
             notes=notes,
         )
         _fill_gradients(report, settings, outcome, objective)
-        if report.num_zeros > num_zeros(sparsity, layout.num_weights):
+        if report.num_zeros > num_zeros(settings.sparsity, layout.num_weights):
             report.notes.append(
                 f"{report.zeros_before:,} weights were zero before, in places more than asked for; all stay zero."
             )
@@ -454,8 +300,12 @@ def prune(
 
         if eval_fn is not None and method != "magnitude":
             with clock("evaluate"):
-                mask = select(saliency.magnitude(weight), dead, sparsity, scope="global", ranges=())
-                magnitude = as_parameters(torch.where(mask, weight, 0), mask, layout, found.parameters)
+                rival = replace(
+                    settings, method="magnitude", scope="global", fisher_type="empirical", centered=False
+                )
+                run = Run(layout, rival, found.parameters, clock, None)
+                by_size = run.without_gradients(weight, ~dead)
+                magnitude = as_parameters(by_size.new, by_size.mask, layout, found.parameters)
                 with written(found.parameters, magnitude, keep=False):
                     control = _number(eval_fn(model))
 
@@ -470,11 +320,38 @@ def prune(
     return report
 
 
-def _first_samples(data: Iterable[Any] | None, objective: Objective) -> Samples | None:
-    """What operations are counted on where no gradient was taken."""
-    if data is None:
-        return None
-    return SampleReader(data, objective.device).take(objective.grad_batch_size, exactly=False)
+def _first(reader: SampleReader) -> Samples:
+    """The first sample, which stays to be read."""
+    sample = reader.peek()
+    if sample is None:
+        raise FastFisherError("the loader yields no sample")
+    return sample
+
+
+def _operations(
+    objective: Objective, model: nn.Module, reader: SampleReader | None
+) -> tuple[float | None, dict[str, float] | None]:
+    """Operations per sample in all and per module, where there is a sample to count them on."""
+    sample = None if reader is None else reader.peek()
+    return (None, None) if sample is None else count_flops(objective, model, sample)
+
+
+def _layer_flops(targets: Targets, name: str, flops: Mapping[str, float]) -> float:
+    """Operations per sample of the modules that use a tensor."""
+    return sum(flops.get(alias.rpartition(".")[0], 0.0) for alias in targets.aliases[name])
+
+
+def _costs(targets: Targets, layout: BlockLayout, flops: Mapping[str, float] | None) -> Tensor:
+    """Operations per sample that each weight takes part in, [d]."""
+    costs = torch.empty(layout.num_weights, dtype=torch.float64, device=targets.device)
+    for name, (start, stop) in layout.parameter_ranges.items():
+        count = _layer_flops(targets, name, flops or {})
+        if not count:
+            raise FastFisherError(
+                f"cost='flops': no operation of {name!r} was counted in a forward pass; name it in ignore"
+            )
+        costs[start:stop] = count / (stop - start)
+    return costs
 
 
 def _check_loss(

@@ -1,41 +1,70 @@
-"""How much the loss rises when one weight is removed: weight [d] (and inverse Fisher) -> saliency [d].
+"""How much the loss rises when a weight is removed: weight [d] (and an inverse Fisher) -> saliency [d].
 
-All three return float32 (float64 for float64 weights), are non-negative, and rank weights across layers.
+All return float32 or float64, are non-negative, and rank weights across layers.  With a pattern of whole blocks each
+weight has the saliency of its block.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from fastfisher.fisher.blocks import padded
 from fastfisher.fisher.inverse import FisherInverse
+from fastfisher.prune.patterns import Pattern
+
+# Above every loss: what must stay.  Not the largest number, because `in_order` counts upwards from it.
+_STAYS = 1e300
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """|w_q|, the order of ½ w_q² without its underflow.   Source: WoodFisher, eq. 2.21."""
-    return weight.abs()
+    """½ w_q² in float64, where no square of a float32 number underflows.   Source: WoodFisher, eq. 2.21."""
+    return weight.double().square() / 2
 
 
-def diagonal(weight: Tensor, finv: FisherInverse) -> Tensor:
-    """½ w_q² (F_qq + λ), from an inverse with blocks of one weight.   Source: WoodFisher, eq. 2.20."""
-    if finv.block_size != 1:
-        raise ValueError(f"the diagonal Fisher has block_size=1, got {finv.block_size}")
+def obs(weight: Tensor, finv: FisherInverse, pattern: Pattern) -> Tensor:
+    """w_q² / (2 [F⁻¹]_qq), the rise of the quadratic model after the best update; for whole blocks Q
+    ½ w_Qᵀ (F⁻¹[Q, Q])⁻¹ w_Q.
+
+    With blocks of one weight it is the diagonal Fisher, ½ w_q² (F_qq + λ) (eq. 2.20); with w − u in place of w, u the
+    `newton_step`, that of WoodTaylor (eq. 5.8).   Source: WoodFisher, eq. 2.13.
+    """
+    if pattern.whole:
+        return finv.group_saliency(weight, pattern.size).repeat_interleave(pattern.size)
     return finv.saliency(weight)
 
 
-def woodfisher(weight: Tensor, finv: FisherInverse) -> Tensor:
-    """w_q² / (2 [F⁻¹]_qq), the rise of the quadratic model after the best update.   Source: WoodFisher, eq. 2.13."""
-    return finv.saliency(weight)
+def greedy(weight: Tensor, finv: FisherInverse, pattern: Pattern) -> Tensor:
+    """What each removal costs when the weights of a block go one by one, and never less than those before it; float64.
+
+    So every threshold cuts the blocks along the order of removal.   Source: see ops.obs_eliminate.
+    """
+    order, loss = finv.eliminate(weight, keep=pattern.keep, together=pattern.together)
+    loss = loss.nan_to_num(_STAYS)
+    if pattern.whole:
+        loss = loss.view(-1, pattern.size).sum(dim=1).repeat_interleave(pattern.size)
+    saliency = torch.empty_like(loss)
+    saliency[order] = in_order(loss, finv.layout.blocks.to(loss.device), finv.block_size)
+    return saliency
+
+
+def in_order(loss: Tensor, blocks: Tensor, block_size: int) -> Tensor:
+    """The running maximum inside each block, and the next larger number where it does not grow: strictly increasing.
+
+    loss: [d] float64, not negative.   blocks: int64 [K, 2], which cover all d.
+    """
+    # as integers such numbers have the same order, and one more is the next number
+    step = torch.arange(block_size, device=loss.device)
+    rows = padded(loss.view(torch.int64), blocks, block_size, 0) - step  # [K, B]
+    rows = rows.cummax(dim=1).values + step
+    return rows[step < (blocks[:, 1] - blocks[:, 0])[:, None]].view(torch.float64)
 
 
 def newton_step(finv: FisherInverse) -> Tensor:
     """u = F⁻¹ ∇L, float64 [d]; w − u is the minimiser of the quadratic model with its gradient term.
 
-    With w − u in place of w, `woodfisher` and the updates are those of WoodTaylor: (w_q − u_q)² / (2 [F⁻¹]_qq) is eq.
-    5.8, and what the update adds to w − u is eq. 5.6.   finv holds ∇L as its `mean`.
+    What the updates add to w − u is eq. 5.6.   finv holds ∇L as its `mean`.   Source: WoodFisher, section 5.
     """
     if finv.mean is None:
         raise ValueError("the inverse holds no mean gradient; accumulate with mean=True")
     return finv.mul(finv.mean)
-
-
-SCORES = {"woodfisher": woodfisher, "woodtaylor": woodfisher, "diagonal": diagonal}

@@ -1,7 +1,7 @@
 """Which weights become zero: saliency [d] -> mask [d], bool, True = keep.
 
 Exactly round(sparsity · d) weights are removed, the least salient first, equal ones by index.  Weights that are already
-zero go first, so that they stay zero and count.
+zero go first, so that they stay zero and count.  A pattern and a cap for each layer take weights out of the choice.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fastfisher import ops
 from fastfisher.errors import FisherError
+from fastfisher.prune.patterns import Pattern
+
+UNSTRUCTURED = Pattern("unstructured")
 
 
 def num_zeros(sparsity: float, num_weights: int) -> int:
@@ -48,18 +51,49 @@ def keep_mask(saliency: Tensor, dead: Tensor, zeros: int) -> Tensor:
 
 
 def select(
-    saliency: Tensor, dead: Tensor, sparsity: float, *, scope: str, ranges: Sequence[tuple[int, int]]
+    saliency: Tensor,
+    dead: Tensor,
+    sparsity: float,
+    *,
+    scope: str,
+    ranges: Sequence[tuple[int, int]],
+    pattern: Pattern = UNSTRUCTURED,
+    most: Sequence[int] | None = None,
 ) -> Tensor:
     """The mask for the whole network: one threshold (scope "global") or one per layer (scope "layer").
 
-    ranges: start and stop of each layer in [d].   Raises FisherError on a saliency that is not finite.
+    ranges: start and stop of each layer in [d].   most: zeros that each layer may have; dead weights stay zero beyond.
+    pattern: its groups are consecutive weights; with whole blocks, each weight has the saliency of its block.
+    Raises FisherError on a saliency that is not finite.
     """
+    size = pattern.together
+    if size > 1:
+        whole = dead.view(-1, size)
+        mask = select(
+            saliency.view(-1, size).amax(dim=1),
+            whole.all(dim=1),
+            sparsity,
+            scope=scope,
+            ranges=[(start // size, stop // size) for start, stop in ranges],
+            most=None if most is None else [count // size for count in most],
+        )
+        return (mask[:, None] & ~whole).view(-1)
+    if most is None and not pattern.keep:
+        limits = [stop - start for start, stop in ranges]
+    else:
+        may_go = pattern.candidates(saliency, dead)
+        saliency = torch.where(may_go | dead, saliency, torch.finfo(saliency.dtype).max)
+        for (start, stop), count in zip(ranges, most or [], strict=bool(most)):
+            may_go[start:stop] &= ~keep_mask(saliency[start:stop], dead[start:stop], count)
+        # what must stay would be chosen last, and is not needed to be
+        saliency = torch.where(may_go | dead, saliency, torch.finfo(saliency.dtype).max)
+        limits = [int((may_go | dead)[start:stop].sum()) for start, stop in ranges]
     if scope == "global":
-        return keep_mask(saliency, dead, num_zeros(sparsity, len(saliency)))
+        return keep_mask(saliency, dead, min(num_zeros(sparsity, len(saliency)), sum(limits)))
     counts = layer_zeros(sparsity, [stop - start for start, stop in ranges])
     return torch.cat(
         [
-            keep_mask(saliency[start:stop], dead[start:stop], count)
-            for (start, stop), count in zip(ranges, counts, strict=True)
+            keep_mask(saliency[start:stop], dead[start:stop], min(count, limit))
+            for (start, stop), count, limit in zip(ranges, counts, limits, strict=True)
         ]
     )

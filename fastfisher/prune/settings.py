@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any
 
 from fastfisher.errors import FastFisherError
+from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.likelihood import FISHER_TYPES
+from fastfisher.prune.patterns import Pattern
 
 BLOCK_METHODS = ("woodfisher", "woodtaylor")
 # Power of the polynomial along which recomputed steps approach the final sparsity.
@@ -14,11 +21,15 @@ SPACING = 2
 STEPS_PER_E = 8
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "method": ("woodfisher", "woodtaylor", "diagonal", "magnitude"),
+    "method": ("woodfisher", "woodtaylor", "diagonal", "magnitude", "random"),
     "scope": ("global", "layer"),
     "damping_mode": ("absolute", "relative"),
-    "update": ("auto", "sum", "joint", None),
+    "update": ("auto", "sum", "joint", "greedy", None),
+    "fisher_type": FISHER_TYPES,
+    "cost": ("params", "flops"),
 }
+# They look at weights alone.
+DATA_FREE = ("magnitude", "random")
 
 
 def _positive_int(name: str, value: object) -> None:
@@ -42,9 +53,28 @@ class Settings:
     seed: int
     num_recomputations: int | None = 0
     centered: bool = False
+    fisher_type: str = "empirical"
+    pattern: str = "unstructured"
+    cost: str = "params"
+    max_layer_sparsity: float | Mapping[str, float] = 1.0
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """Those among keyword arguments; where no sparsity is given, that of the pattern."""
+        chosen = {field.name: given[field.name] for field in fields(cls)}
+        if chosen["sparsity"] is None:
+            chosen["sparsity"] = Pattern.parse(chosen["pattern"]).sparsity
+        return cls(**chosen)
 
     def __post_init__(self) -> None:
+        own = self.rule.sparsity
+        if own is not None and self.sparsity != own:
+            raise FastFisherError(
+                f"pattern={self.pattern!r} makes a sparsity of {own:g}, so leave it out; got {self.sparsity!r}"
+            )
         s = self.sparsity
+        if s is None:
+            raise FastFisherError(f"sparsity is missing: pattern={self.pattern!r} leaves it open")
         number = isinstance(s, (int, float)) and not isinstance(s, bool)
         if not number or not 0 <= s < 1:
             hint = f" Did you mean {s / 100:.2f}?" if number and 1 < s < 100 else ""
@@ -63,6 +93,22 @@ class Settings:
             )
         if self.centered and self.method != "woodtaylor":
             raise FastFisherError(f"centered=True goes with method='woodtaylor'; got method={self.method!r}")
+        if self.fisher_type != "empirical" and self.method == "woodtaylor":
+            raise FastFisherError(
+                f"method='woodtaylor' needs the gradient of the loss, which fisher_type={self.fisher_type!r} "
+                f"does not give; use 'empirical'"
+            )
+        if self.fisher_type == "exact" and self.grad_batch_size != 1:
+            raise FastFisherError(
+                f"fisher_type='exact' sums over the outputs of single samples; got "
+                f"grad_batch_size={self.grad_batch_size!r}"
+            )
+        if self.update == "greedy" and self.method in BLOCK_METHODS and self.block_size is None:
+            raise FastFisherError("update='greedy' goes block by block; give a block_size, got None")
+        caps = self.max_layer_sparsity
+        for cap in caps.values() if isinstance(caps, Mapping) else [caps]:
+            if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 0 <= cap <= 1:
+                raise FastFisherError(f"max_layer_sparsity must be within [0, 1]; got {cap!r}")
         _positive_int("grad_batch_size", self.grad_batch_size)
         damping = self.damping
         if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 < damping < math.inf:
@@ -70,10 +116,15 @@ class Settings:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise FastFisherError(f"seed must be a whole number; got {self.seed!r}")
 
+    @cached_property
+    def rule(self) -> Pattern:
+        """The pattern of zeros."""
+        return Pattern.parse(self.pattern)
+
     @property
     def fisher_block(self) -> int | None:
-        """The block size of the Fisher estimate: 1 for the diagonal method."""
-        return 1 if self.method == "diagonal" else self.block_size
+        """The block size of the Fisher estimate: 1 for methods that know nothing of blocks."""
+        return self.block_size if self.method in BLOCK_METHODS else 1
 
     @property
     def applied_update(self) -> str | None:
@@ -85,14 +136,15 @@ class Settings:
             return None
         if self.update == "auto":
             return "sum" if self.num_recomputations == 0 else "joint"
-        return self.update
+        # what is left after removals one by one is the minimiser for all of them
+        return "joint" if self.update == "greedy" else self.update
 
     def targets_of_steps(self, before: float) -> list[float]:
         """The sparsity after each step, from that `before` to the final one: s_f − (s_f − s_0)(1 − i/n)², i = 1 ... n.
 
         A method without gradients has nothing to recompute, and one step.   Source: Zhu & Gupta, 2017, with power 3.
         """
-        if self.method == "magnitude":
+        if self.method in DATA_FREE:
             return [self.sparsity]
         if self.num_recomputations is None:
             left = max((1 - before) / (1 - self.sparsity), 1.0)
@@ -102,3 +154,31 @@ class Settings:
         gap = max(self.sparsity - before, 0.0)
         early = [self.sparsity - gap * (1 - i / steps) ** SPACING for i in range(1, steps)]
         return [*early, self.sparsity]
+
+
+def layer_limits(settings: Settings, layout: BlockLayout) -> list[int] | None:
+    """How many weights of each tensor may be zero, None where all may.
+
+    Raises FastFisherError where a cap names no tensor, or the caps leave fewer zeros than are asked for.
+    """
+    caps = settings.max_layer_sparsity
+    if not isinstance(caps, Mapping):
+        if caps == 1:
+            return None
+        caps = {"*": caps}
+    names = {name: name.removesuffix(".weight") for name in layout.names}
+    most = []
+    for name, (start, stop) in layout.parameter_ranges.items():
+        fitting = [
+            cap for glob, cap in caps.items() if any(fnmatchcase(n, glob) for n in (name, names[name]))
+        ]
+        most.append(math.floor(min(fitting, default=1.0) * (stop - start)))
+    for glob in caps:
+        if not any(fnmatchcase(n, glob) for pair in names.items() for n in pair):
+            raise FastFisherError(f"max_layer_sparsity={{{glob!r}: ...}} matches none of {', '.join(names)}")
+    wanted = round(settings.sparsity * layout.num_weights)
+    if sum(most) < wanted:
+        raise FastFisherError(
+            f"sparsity={settings.sparsity:g} needs {wanted:,} zeros, but max_layer_sparsity leaves {sum(most):,}"
+        )
+    return most

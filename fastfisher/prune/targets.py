@@ -18,6 +18,7 @@ from torch import nn
 
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.gradients import parameter_aliases
+from fastfisher.prune.patterns import Pattern, input_dims
 
 PRUNED_LAYERS = (
     nn.Linear,
@@ -35,11 +36,32 @@ class Targets:
     """parameters: first name -> parameter, in the model's order.   aliases: first name -> all its names.
 
     frozen: names that were matched and are left alone because they do not require a gradient.
+    unfit: names that cannot take the pattern, with the reason.   last: name -> dimension along which the pattern runs.
     """
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
+    unfit: dict[str, str] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
+
+    def take(self, model: nn.Module, pattern: Pattern) -> None:
+        """Leave out what cannot take the pattern.  Raises FastFisherError where nothing is left."""
+        if pattern.size == 1:
+            return
+        dims = input_dims(model, self.aliases)
+        for name, dim in dims.items():
+            reason = pattern.why_not(self.parameters[name].shape, dim)
+            if reason is None:
+                self.last[name] = dim
+            else:
+                self.unfit[name] = reason
+                del self.parameters[name], self.aliases[name]
+        if not self.parameters:
+            name, reason = next(iter(self.unfit.items()))
+            raise FastFisherError(
+                f"none of {len(self.unfit)} tensors can take the pattern {pattern.name!r}; {name!r}: {reason}"
+            )
 
     @property
     def num_weights(self) -> int:
