@@ -173,6 +173,8 @@ class Objective:
         self.device = next(iter(self.weights.values())).device
         self.grad_batch_size = grad_batch_size
         self.why_loop: str | None = None
+        self.model = model
+        self.loss_fn = loss_fn
         self._loss = _BatchLoss(model, loss_fn)
         self._aliases = {name: tuple(f"model.{alias}" for alias in aliases[name]) for name in names}
         target_names = {alias for name in names for alias in aliases[name]}
@@ -276,6 +278,11 @@ class Objective:
             for (name, weight), grad in zip(weights.items(), grads, strict=True)
         }
         return rows, loss.detach()[None]
+
+    def loss_at(self, weights: Mapping[str, Tensor], samples: Samples) -> Tensor:
+        """The loss of all samples as one batch at these weights, with a graph where they require a gradient."""
+        loss: Tensor = self._guarded(samples, lambda: self._batch_loss(weights, samples, samples.leaves))
+        return loss
 
     def batch_loss(self, samples: Samples) -> Tensor:
         """The loss of all samples as one batch with the model's own weights, without vmap and without a graph."""
