@@ -224,8 +224,12 @@ def test_the_calls_of_a_tied_layer_are_places_too(tied: str) -> None:
 
 
 @pytest.mark.parametrize("damping", [1e-4, 0.3])
+@pytest.mark.parametrize("direct", [0, 10_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_inverse_is_that_of_the_dense_kronecker_product(dtype: torch.dtype, damping: float) -> None:
+def test_the_inverse_is_that_of_the_dense_kronecker_product(
+    dtype: torch.dtype, damping: float, direct: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kfac, "DIRECT", direct)
     model = classifier(dtype=dtype)
     names = ["0.weight", "3.weight", "10.weight"]  # a convolution, one with groups, a linear layer
     layout = layout_of(model, names, 7)
@@ -275,6 +279,7 @@ def test_the_inverse_is_that_of_the_dense_kronecker_product(dtype: torch.dtype, 
 def test_a_solve_that_does_not_converge_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     inverse = inverse_of(mlp(), MLP_NAMES, *points(), damping=1e-6)
     monkeypatch.setattr(kfac, "MAX_ITERATIONS", 2)
+    monkeypatch.setattr(kfac, "DIRECT", 0)
     w = torch.randn(inverse.layout.num_weights, dtype=torch.float64)
     with pytest.raises(FisherError, match=r"'0.weight' does not converge in 2 .* damping=1e-06"):
         inverse.prune_update(w, w > 0, update="joint")
