@@ -293,6 +293,14 @@ def test_relative_damping_is_a_multiple_of_the_mean_diagonal() -> None:
     assert inverse.damping == pytest.approx(0.7 * float(mean), rel=1e-12)
 
 
+def test_a_layers_own_output_counts_and_not_what_a_hook_makes_of_it() -> None:
+    model = mlp()
+    inputs, labels = points(1)
+    model[3].register_forward_hook(lambda module, args, output: 3 * output)
+    factors, _ = kfac_factors(Objective(model, MLP_NAMES), groups(inputs, labels), MLP_NAMES)
+    torch.testing.assert_close(dense(*factors["3.weight"]), fisher(model, "3.weight", inputs, labels))
+
+
 def test_a_layer_that_the_loss_does_not_reach_has_no_fisher() -> None:
     model = mlp()
     model.add_module("aside", nn.Linear(2, 2, dtype=torch.float64))
@@ -304,16 +312,19 @@ def test_a_layer_that_the_loss_does_not_reach_has_no_fisher() -> None:
 
 def test_labels_are_drawn_from_the_model() -> None:
     model = mlp()
+    with torch.no_grad():
+        model[5].weight *= 4  # far from equal chances
     inputs, labels = points(2)
+    draws = 20_000
     objective = Objective(model, MLP_NAMES)
-    (sample,) = SampleReader([(inputs, labels)], inputs.device).groups(2)
-    generator = torch.Generator().manual_seed(0)
+    many, same = inputs.repeat(draws, 1), labels.repeat(draws)
+    (samples,) = SampleReader([(many, same)], inputs.device).groups(2 * draws)
     model.eval()
-    drawn = torch.stack([draw_labels(objective, sample, generator).leaves[1] for _ in range(3000)])
-    counts = F.one_hot(drawn, 3).double().mean(0)  # [2, 3]
+    drawn = draw_labels(objective, samples, torch.Generator().manual_seed(0)).leaves[1]
+    counts = F.one_hot(drawn.view(draws, 2), 3).double().mean(0)  # [2, 3]
     p = model(inputs).softmax(1).detach()
-    assert float(((counts - p) / (p * (1 - p) / 3000).sqrt()).abs().max()) < 4.5
-    assert torch.equal(sample.leaves[1], labels)
+    assert float(((counts - p) / (p * (1 - p) / draws).sqrt()).abs().max()) < 4.5
+    assert torch.equal(samples.leaves[1], same)
 
     # S of the last layer is diag p − p pᵀ when labels are the model's; one input many times makes it converge
     many = inputs[:1].repeat(4000, 1)
