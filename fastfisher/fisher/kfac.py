@@ -393,6 +393,11 @@ def draw_labels(objective: Objective, samples: Samples, generator: torch.Generat
     logits = seen[-1] if isinstance(seen[-1], Tensor) else seen[-1].logits
     label = samples.leaves[index]
     probabilities = logits.detach().double().softmax(dim=1).movedim(1, -1).cpu()  # [n, ..., C]
+    if not bool(probabilities.isfinite().all()):
+        raise FisherError(
+            f"no label can be drawn for batch {samples.origin[0]}: the model's outputs are not finite; check "
+            f"the data and the precision of the model"
+        )
     drawn = torch.multinomial(probabilities.flatten(end_dim=-2), 1, generator=generator)
     # a negative label marks what the loss leaves out
     drawn = torch.where(label < 0, label, drawn.reshape(label.shape).to(label))

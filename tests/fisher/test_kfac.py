@@ -375,6 +375,8 @@ def test_bad_input_is_one_sentence() -> None:
     inputs[2] = math.nan
     with pytest.raises(FisherError, match=r"factors of '0.weight' over 5 samples are not finite"):
         inverse_of(model, ["0.weight"], inputs, labels)
+    with pytest.raises(FisherError, match="no label can be drawn for batch 0"):
+        inverse_of(model, ["0.weight"], inputs, labels, fisher_type="mc")
     inverse = inverse_of(model, ["0.weight"], *data)
     for call in (
         lambda: inverse.mul(torch.zeros(3)),
