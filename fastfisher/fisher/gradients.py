@@ -189,6 +189,8 @@ class Objective:
         self.grad_batch_size = grad_batch_size
         self.fisher_type = fisher_type
         self.why_loop: str | None = None
+        self.model = model
+        self.loss_fn = loss_fn
         self._loss = _BatchLoss(model, loss_fn)
         self._aliases = {name: tuple(f"model.{alias}" for alias in aliases[name]) for name in names}
         target_names = {alias for name in names for alias in aliases[name]}
@@ -369,6 +371,11 @@ class Objective:
 
     def _differentiable(self) -> dict[str, Tensor]:
         return {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
+
+    def loss_at(self, weights: Mapping[str, Tensor], samples: Samples) -> Tensor:
+        """The loss of all samples as one batch at these weights, with a graph where they require a gradient."""
+        loss: Tensor = self._guarded(samples, lambda: self._batch_loss(weights, samples, samples.leaves))
+        return loss
 
     def batch_loss(self, samples: Samples) -> Tensor:
         """The loss of all samples as one batch with the model's own weights, without vmap and without a graph."""

@@ -21,7 +21,7 @@ from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, ch
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
 from fastfisher.memory import format_bytes, free_bytes, parse_bytes
 from fastfisher.prune.select import keep_mask
-from fastfisher.prune.settings import BLOCK_METHODS, DATA_FREE, Settings
+from fastfisher.prune.settings import BLOCK_METHODS, DATA_FREE, FROM_GRADIENTS, Settings
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.report import align
 
@@ -110,6 +110,7 @@ class Sizes:
     block_size: int
     single_block: bool
     itemsize: int
+    factors: int = 0  # bytes of Kronecker factors
 
     @classmethod
     def of(cls, layout: BlockLayout, itemsize: int) -> Sizes:
@@ -122,6 +123,8 @@ class Sizes:
 
     def fisher_bytes(self, num_grads: int) -> tuple[int, int]:
         """Bytes of the Fisher while gradients arrive, and of its inverse."""
+        if self.factors:
+            return self.factors, self.factors + 8 * self.num_weights
         if self.form(num_grads) == "dual":
             # the gradients are stored once; the factor is float64
             stored = num_grads * self.num_weights * self.itemsize
@@ -189,8 +192,14 @@ def byte_plan(
     sample gives, more than 1 for fisher_type "exact".
     """
     num_rows = settings.num_grads * rows_per_grad
+    if settings.method == "hessian":
+        num_rows = max(num_rows, layout.block_size)  # its blocks are always there as such
     wide = any(parameter.dtype == torch.float64 for parameter in targets.parameters.values())
-    sizes = Sizes.of(layout, 8 if wide else 4)
+    sizes = Sizes.of(layout, 8 if wide or settings.method == "hessian" else 4)
+    if settings.method == "kfac":
+        sides = [(len(p), p.numel() // len(p)) for p in targets.parameters.values()]
+        # both factors, their eigenvectors, and scratch for making those
+        sizes = replace(sizes, factors=sum(3 * 8 * (out**2 + inputs**2) for out, inputs in sides))
     free = free_bytes(targets.device) if memory_limit is None else parse_bytes(memory_limit)
     limit = GRADIENT_BYTES
     if free is not None and settings.method not in DATA_FREE:
@@ -332,6 +341,9 @@ def plan(
     rough, limit = byte_plan(layout, settings, found, memory_limit)
     if method in DATA_FREE or not rough.fits:
         return rough
+    if method not in FROM_GRADIENTS:
+        note = f"Only gradients and blocks of a Fisher are timed; method={method!r} does without."
+        return replace(rough, notes=(note,))
     zeros = sum(int((parameter == 0).sum()) for parameter in found.parameters.values())
     before = zeros / layout.num_weights
     steps = settings.targets_of_steps(before)

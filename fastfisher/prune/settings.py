@@ -14,20 +14,23 @@ from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.likelihood import FISHER_TYPES
 from fastfisher.prune.patterns import Pattern
 
-BLOCK_METHODS = ("woodfisher", "woodtaylor")
+# They have blocks of an inverse, and an update for the kept weights.
+BLOCK_METHODS = ("woodfisher", "woodtaylor", "hessian")
 # Power of the polynomial along which recomputed steps approach the final sparsity.
 SPACING = 2
 # Steps for each factor e by which the weights become fewer, where their number is not given: 13 to 80 %, 19 to 90 %.
 STEPS_PER_E = 8
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "method": ("woodfisher", "woodtaylor", "diagonal", "magnitude", "random"),
+    "method": ("woodfisher", "woodtaylor", "diagonal", "obd", "kfac", "hessian", "magnitude", "random"),
     "scope": ("global", "layer"),
     "damping_mode": ("absolute", "relative"),
     "update": ("auto", "sum", "joint", "greedy", None),
     "fisher_type": FISHER_TYPES,
     "cost": ("params", "flops"),
 }
+# Their estimate is a sum of outer products of gradients.
+FROM_GRADIENTS = ("woodfisher", "woodtaylor", "diagonal")
 # They look at weights alone.
 DATA_FREE = ("magnitude", "random")
 
@@ -98,13 +101,23 @@ class Settings:
                 f"method='woodtaylor' needs the gradient of the loss, which fisher_type={self.fisher_type!r} "
                 f"does not give; use 'empirical'"
             )
+        if self.fisher_type != "empirical" and self.method in ("obd", "hessian"):
+            raise FastFisherError(
+                f"method={self.method!r} takes the Hessian of the loss, not a Fisher; got "
+                f"fisher_type={self.fisher_type!r}"
+            )
+        if self.fisher_type == "exact" and self.method == "kfac":
+            raise FastFisherError("method='kfac' knows fisher_type 'empirical' and 'mc'; got 'exact'")
         if self.fisher_type == "exact" and self.grad_batch_size != 1:
             raise FastFisherError(
                 f"fisher_type='exact' sums over the outputs of single samples; got "
                 f"grad_batch_size={self.grad_batch_size!r}"
             )
-        if self.update == "greedy" and self.method in BLOCK_METHODS and self.block_size is None:
-            raise FastFisherError("update='greedy' goes block by block; give a block_size, got None")
+        if self.update == "greedy" and (self.block_size is None or self.method not in BLOCK_METHODS):
+            raise FastFisherError(
+                f"update='greedy' goes through blocks of an inverse; got method={self.method!r} with "
+                f"block_size={self.block_size!r}"
+            )
         caps = self.max_layer_sparsity
         for cap in caps.values() if isinstance(caps, Mapping) else [caps]:
             if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 0 <= cap <= 1:
@@ -128,11 +141,11 @@ class Settings:
 
     @property
     def applied_update(self) -> str | None:
-        """The update of the kept weights: only methods with blocks have one (a diagonal Fisher couples nothing).
+        """The update of the kept weights: a diagonal Fisher, which couples nothing, and others have none.
 
         "auto": "joint", the minimiser of the quadratic model, but "sum" where one step is to trust it all the way.
         """
-        if self.method not in BLOCK_METHODS:
+        if self.method not in (*BLOCK_METHODS, "kfac"):
             return None
         if self.update == "auto":
             return "sum" if self.num_recomputations == 0 else "joint"

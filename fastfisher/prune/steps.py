@@ -6,22 +6,29 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastfisher import ops
-from fastfisher.fisher.batches import SampleReader
+from fastfisher.errors import FastFisherError
+from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
-from fastfisher.fisher.gradients import GradientStream, Objective
+from fastfisher.fisher.gradients import KEPT_GRADS, GradientStream, Objective
+from fastfisher.fisher.hessian import hessian_inverse, obd_inverse
 from fastfisher.fisher.inverse import FisherAccumulator, FisherInverse
+from fastfisher.fisher.kfac import KFACInverse, kfac_inverse
 from fastfisher.prune import saliency
 from fastfisher.prune.select import select
-from fastfisher.prune.settings import Settings
+from fastfisher.prune.settings import BLOCK_METHODS, FROM_GRADIENTS, Settings
 from fastfisher.prune.update import as_parameters, updated
 from fastfisher.report import StepRow
 
 Progress = Callable[[str, int, int], None]
+
+# How many samples the methods without gradients of their own see at once.
+GROUP = 64
 
 
 @dataclass
@@ -40,6 +47,35 @@ class Clock:
 
 
 @dataclass
+class Read:
+    """What a method that takes no gradient of its own has read, told like a GradientStream."""
+
+    objective: Objective
+    layout: BlockLayout
+    groups: list[Samples]
+    fingerprint: str
+    kept: list[Samples] = field(default_factory=list)  # the first samples, for the loss before and after
+    kept_losses: list[Tensor] = field(default_factory=list)
+    num_non_finite: int = 0
+    first_non_finite: str | None = None
+    unreached: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for group in self.groups:
+            if sum(map(len, self.kept)) < KEPT_GRADS:
+                self.kept.append(group)
+                self.kept_losses.append(self.objective.losses(self.objective.weights, group).double())
+
+    @property
+    def num_finite(self) -> int:
+        return sum(map(len, self.groups)) // self.objective.grad_batch_size
+
+    @property
+    def effective(self) -> float:
+        return float(self.num_finite)
+
+
+@dataclass
 class Outcome:
     """What the gradients led to, before the model is written."""
 
@@ -47,7 +83,7 @@ class Outcome:
     mask: Tensor  # bool [d]
     form: str | None = None
     damping: float | None = None  # λ of the last step
-    streams: list[GradientStream] = field(default_factory=list)  # one for each step
+    streams: list[GradientStream | Read] = field(default_factory=list)  # one for each step
     steps: list[StepRow] = field(default_factory=list)
 
 
@@ -129,23 +165,49 @@ class Run:
             if i:
                 with self.clock("update"):
                     objective.weights = as_parameters(found.new, found.mask, self.layout, self.parameters)
-            layout = self.layout if bool(found.mask.all()) else LiveLayout(self.layout, found.mask)
-            stream = GradientStream(
-                objective, reader, layout, num_grads=self.settings.num_grads, memory_limit=limit
-            )
+            # K-FAC's Fisher of some weights of a layer is no Kronecker product
+            all_live = self.settings.method == "kfac" or bool(found.mask.all())
+            layout = self.layout if all_live else LiveLayout(self.layout, found.mask)
+            stream: GradientStream | Read
+            if self.settings.method in FROM_GRADIENTS:
+                stream = GradientStream(
+                    objective, reader, layout, num_grads=self.settings.num_grads, memory_limit=limit
+                )
+            else:
+                stream = self._read(objective, reader, layout)
             self._step(found, sparsity, stream, i, len(targets))
         return found
 
-    def _step(self, found: Outcome, sparsity: float, stream: GradientStream, i: int, steps: int) -> None:
+    def _read(self, objective: Objective, reader: SampleReader, layout: BlockLayout) -> Read:
+        """The samples of one step."""
+        settings = self.settings
+        wanted = settings.num_grads * settings.grad_batch_size
+        before = reader.seen
+        with self.clock("data"):
+            groups = list(reader.groups(GROUP, before + wanted))
+        if reader.seen - before < wanted:
+            raise FastFisherError(
+                f"num_grads={settings.num_grads} but the loader yields {reader.seen - before} samples."
+            )
+        return Read(objective, layout, groups, reader.fingerprint)
+
+    def _step(
+        self, found: Outcome, sparsity: float, stream: GradientStream | Read, i: int, steps: int
+    ) -> None:
         settings, layout = self.settings, stream.layout
 
         def advance(done: int) -> None:
             if self.progress is not None:
                 self.progress("gradients", i * settings.num_grads + done, steps * settings.num_grads)
 
-        finv = self._estimate(stream, advance)
+        if isinstance(stream, Read):
+            with self.clock("inverse"):
+                finv = self._rival(stream)
+            advance(stream.num_finite)
+        else:
+            finv = self._estimate(stream, advance)
         weight = layout.gather(found.new)
-        if settings.method == "woodtaylor":
+        if isinstance(stream, GradientStream) and isinstance(finv, FisherInverse) and finv.mean is not None:
             weight = weight - self._taken(saliency.newton_step(finv), finv, stream).to(weight.dtype)
         with self.clock("select"):
             mask = self.select(layout.scatter(self._scores(weight, finv)), found.mask, sparsity)
@@ -182,12 +244,23 @@ class Run:
         with self.clock("inverse"):
             return accumulator.finish()
 
-    def _scores(self, weight: Tensor, finv: FisherInverse) -> Tensor:
+    def _rival(self, read: Read) -> FisherInverse | KFACInverse:
+        """The inverses of the papers' rivals."""
+        settings = self.settings
+        of: dict[str, Any] = {"damping": settings.damping, "damping_mode": settings.damping_mode}
+        args = (read.objective, read.groups, read.layout)
+        if settings.method == "obd":
+            return obd_inverse(*args, seed=settings.seed, **of)
+        if settings.method == "hessian":
+            return hessian_inverse(*args, **of)
+        return kfac_inverse(*args, fisher_type=settings.fisher_type, seed=settings.seed, **of)
+
+    def _scores(self, weight: Tensor, finv: FisherInverse | KFACInverse) -> Tensor:
         """The saliency of every weight of the inverse's layout."""
+        if self.settings.method not in BLOCK_METHODS or isinstance(finv, KFACInverse):
+            return self._summed(finv.saliency(weight))
         if self.settings.update == "greedy":
             return saliency.greedy(weight, finv, self.settings.rule)
-        if self.settings.method == "diagonal":
-            return self._summed(finv.saliency(weight))
         return saliency.obs(weight, finv, self.settings.rule)
 
     def _taken(self, u: Tensor, finv: FisherInverse, stream: GradientStream) -> Tensor:

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from fastfisher.errors import FisherError
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.inverse import FisherInverse
+from fastfisher.fisher.kfac import KFACInverse
 
 
-def updated(weight: Tensor, mask: Tensor, finv: FisherInverse | None, update: str | None) -> Tensor:
+def updated(
+    weight: Tensor, mask: Tensor, finv: FisherInverse | KFACInverse | None, update: str | None
+) -> Tensor:
     """New weights [d] after removing ~mask; weight [d] is not changed."""
     if update is None or finv is None:
         return torch.where(mask, weight, 0)

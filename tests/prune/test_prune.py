@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastfisher as ff
 from fastfisher.errors import FastFisherError, FisherError
-from fastfisher.prune import pruner
+from fastfisher.prune import pruner, steps
 from tests.fisher.test_gradients import Branching, Tied
 from tests.prune.models import assert_same, batches, classifier, images, picture, train
 
@@ -312,7 +312,7 @@ def test_an_interrupt_in_any_phase_leaves_the_model_as_it_was(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pruner, phase, interrupt)
+    monkeypatch.setattr(steps if phase in ("updated", "select") else pruner, phase, interrupt)
     model = classifier()
     model.train()
     before = picture(model)
@@ -322,7 +322,7 @@ def test_an_interrupt_in_any_phase_leaves_the_model_as_it_was(
 
 
 def test_an_update_beyond_the_dtype_is_an_error_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruner, "updated", lambda weight, mask, *_: torch.where(mask, 1e30, 0.0))
+    monkeypatch.setattr(steps, "updated", lambda weight, mask, *_: torch.where(mask, 1e30, 0.0))
     model = nn.Sequential(nn.Linear(8, 8)).to(torch.float16)
     data = [(torch.randn(16, 8).half(), torch.randint(8, (16,)))]
     before = picture(model)
