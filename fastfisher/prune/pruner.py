@@ -27,7 +27,7 @@ from fastfisher.prune.flops import count_flops
 from fastfisher.prune.plan import gradient_limit, layout_of, plan
 from fastfisher.prune.select import num_zeros
 from fastfisher.prune.settings import DATA_FREE, Settings, layer_limits
-from fastfisher.prune.steps import Clock, Outcome, Progress, Run
+from fastfisher.prune.steps import Clock, Outcome, Progress, Read, Run
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.prune.update import as_parameters, written
 from fastfisher.report import LayerRow, Report
@@ -257,8 +257,11 @@ def prune(
             if reader.once and num_recomputations is None and needs_data:
                 settings = replace(settings, num_recomputations=0)
                 notes.append("The data can be read only once, so there was one step without recomputations.")
-        total_flops, flops = _operations(objective, model, reader)
-        costs = _costs(found, layout, flops) if cost == "flops" else None
+        counted, costs = None, None
+        if cost == "flops" and reader is not None and data is not None:
+            sample = reader.peek() if reader.once else _some_samples(data, objective)
+            counted = None if sample is None else count_flops(objective, model, sample)
+            costs = _costs(found, layout, counted[1] if counted else {})
         run = Run(layout, settings, found.parameters, clock, progress, costs=costs, most=most)
         if reader is None or not needs_data:
             outcome = run.without_gradients(weight, ~dead)
@@ -270,6 +273,10 @@ def prune(
             objective.weights = old
         stream = outcome.streams[0] if outcome.streams else None
         values = as_parameters(outcome.new, outcome.mask, layout, found.parameters)
+        if counted is None and data is not None:
+            sample = stream.kept[0].narrow(0, grad_batch_size) if stream else _some_samples(data, objective)
+            counted = None if sample is None else count_flops(objective, model, sample)
+        total_flops, flops = counted or (None, None)
 
         report = Report(
             method=method,
@@ -328,12 +335,9 @@ def _first(reader: SampleReader) -> Samples:
     return sample
 
 
-def _operations(
-    objective: Objective, model: nn.Module, reader: SampleReader | None
-) -> tuple[float | None, dict[str, float] | None]:
-    """Operations per sample in all and per module, where there is a sample to count them on."""
-    sample = None if reader is None else reader.peek()
-    return (None, None) if sample is None else count_flops(objective, model, sample)
+def _some_samples(data: Iterable[Any], objective: Objective) -> Samples | None:
+    """What operations are counted on where no gradient was taken."""
+    return SampleReader(data, objective.device).take(objective.grad_batch_size, exactly=False)
 
 
 def _layer_flops(targets: Targets, name: str, flops: Mapping[str, float]) -> float:
@@ -341,11 +345,11 @@ def _layer_flops(targets: Targets, name: str, flops: Mapping[str, float]) -> flo
     return sum(flops.get(alias.rpartition(".")[0], 0.0) for alias in targets.aliases[name])
 
 
-def _costs(targets: Targets, layout: BlockLayout, flops: Mapping[str, float] | None) -> Tensor:
+def _costs(targets: Targets, layout: BlockLayout, flops: Mapping[str, float]) -> Tensor:
     """Operations per sample that each weight takes part in, [d]."""
     costs = torch.empty(layout.num_weights, dtype=torch.float64, device=targets.device)
     for name, (start, stop) in layout.parameter_ranges.items():
-        count = _layer_flops(targets, name, flops or {})
+        count = _layer_flops(targets, name, flops)
         if not count:
             raise FastFisherError(
                 f"cost='flops': no operation of {name!r} was counted in a forward pass; name it in ignore"
@@ -356,7 +360,7 @@ def _costs(targets: Targets, layout: BlockLayout, flops: Mapping[str, float] | N
 
 def _check_loss(
     report: Report,
-    stream: GradientStream,
+    stream: GradientStream | Read,
     old: dict[str, Tensor],
     values: dict[str, Tensor],
     damping: float,

@@ -78,22 +78,26 @@ def select(
             most=None if most is None else [count // size for count in most],
         )
         return (mask[:, None] & ~whole).view(-1)
-    if most is None and not pattern.keep:
-        limits = [stop - start for start, stop in ranges]
-    else:
+    counts = layer_zeros(sparsity, [stop - start for start, stop in ranges]) if scope == "layer" else []
+    zeros = num_zeros(sparsity, len(saliency))
+    if most is not None or pattern.keep:
         may_go = pattern.candidates(saliency, dead)
         saliency = torch.where(may_go | dead, saliency, torch.finfo(saliency.dtype).max)
-        for (start, stop), count in zip(ranges, most or [], strict=bool(most)):
-            may_go[start:stop] &= ~keep_mask(saliency[start:stop], dead[start:stop], count)
-        # what must stay would be chosen last, and is not needed to be
-        saliency = torch.where(may_go | dead, saliency, torch.finfo(saliency.dtype).max)
-        limits = [int((may_go | dead)[start:stop].sum()) for start, stop in ranges]
+        if most is not None:
+            for (start, stop), count in zip(ranges, most, strict=True):
+                may_go[start:stop] &= ~keep_mask(saliency[start:stop], dead[start:stop], count)
+            saliency = torch.where(may_go | dead, saliency, torch.finfo(saliency.dtype).max)
+        # what must stay would be chosen last.  At the end of N:M all go that may: zeros that were there before can make
+        # them more than asked for, or leave fewer
+        done = pattern.sparsity is not None and sparsity >= pattern.sparsity
+        room = [int((may_go | dead)[start:stop].sum()) for start, stop in ranges]
+        zeros = sum(room) if done else min(zeros, sum(room))
+        counts = room if done else [min(pair) for pair in zip(counts, room, strict=scope == "layer")]
     if scope == "global":
-        return keep_mask(saliency, dead, min(num_zeros(sparsity, len(saliency)), sum(limits)))
-    counts = layer_zeros(sparsity, [stop - start for start, stop in ranges])
+        return keep_mask(saliency, dead, zeros)
     return torch.cat(
         [
-            keep_mask(saliency[start:stop], dead[start:stop], min(count, limit))
-            for (start, stop), count, limit in zip(ranges, counts, limits, strict=True)
+            keep_mask(saliency[start:stop], dead[start:stop], count)
+            for (start, stop), count in zip(ranges, counts, strict=True)
         ]
     )
