@@ -13,6 +13,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,23 +65,33 @@ Data = Annotated[
 ]
 Config = Annotated[Path | None, typer.Option(help="YAML file with the keys of the Python call.")]
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of the weights to set to zero, such as 0.9.")]
-Method = Annotated[str | None, typer.Option(help="woodfisher, woodtaylor, diagonal or magnitude.")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="woodfisher, woodtaylor, diagonal, obd, kfac, hessian, magnitude or random."),
+]
 Scope = Annotated[str | None, typer.Option(help="global or layer.")]
 BlockSize = Annotated[str | None, typer.Option(help="Weights in a Fisher block, or 'all' for one block.")]
 NumGrads = Annotated[int | None, typer.Option(help="Gradients in the Fisher estimate.")]
 Damping = Annotated[float | None, typer.Option(help="Added to the diagonal of the Fisher.")]
 DampingMode = Annotated[str | None, typer.Option(help="absolute, or relative to the mean diagonal.")]
-Update = Annotated[str | None, typer.Option(help="Of the kept weights: auto, joint, sum or none.")]
+Update = Annotated[str | None, typer.Option(help="Of the kept weights: auto, joint, greedy, sum or none.")]
 Recomputations = Annotated[
     str | None,
     typer.Option("--num-recomputations", help="How often the Fisher is estimated anew on the way; or auto."),
+]
+Others = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other keyword of the Python call, such as pattern=2:4 or fisher_type=mc; may be repeated.",
+    ),
 ]
 EvalFn = Annotated[
     str | None, typer.Option(help="package.module:function(model) -> score or dict of scores.")
 ]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file to load into the model first.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the report, its plot, and model.safetensors.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the random generators.")]
 
 
 @contextmanager
@@ -139,13 +150,28 @@ def read_config(path: Path) -> dict[str, Any]:
     except ModuleNotFoundError:
         raise FastFisherError("--config needs pyyaml: pip install 'fastfisher[cli]'") from None
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise FastFisherError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise FastFisherError(f"--config {path} must hold keys and values, got {type(content).__name__}")
     # YAML reads 1e-5 as a text because it lacks a dot.
     return {key: number(value) if key in NUMBERS else value for key, value in content.items()}
+
+
+def _loader() -> type:
+    """YAML's safe loader, for which 2:4 is a text and not two minutes and four seconds."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, regex) for tag, regex in resolvers if not regex.match("2:04")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+    return Loader
 
 
 def number(value: object) -> object:
@@ -155,14 +181,29 @@ def number(value: object) -> object:
         return value
 
 
+def pairs(texts: Iterable[str]) -> dict[str, Any]:
+    """The keys and values of --set flags; numbers, true, false and null as in JSON, all else is text."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise FastFisherError(f"--set takes KEY=VALUE, got {text!r}")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
 def gather(call: Callable[..., Any], config: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a verb: file, then flags.  One file serves every verb: keys of prune that `call` lacks are left.
+    """The settings of a verb: file, then --set, then other flags.  One file serves every verb: keys of prune that `call` lacks are left.
 
     Raises FastFisherError on a key that no verb has, with the nearest names.
     """
     import fastfisher as ff
 
     given = read_config(config) if config else {}
+    given |= pairs(flags.get("others") or ())
     prune_keys, tune_keys = ({*inspect.signature(verb).parameters} for verb in (ff.prune, ff.tune))
     own = {*inspect.signature(call).parameters}
     if call is ff.tune:
@@ -171,7 +212,8 @@ def gather(call: Callable[..., Any], config: Path | None, flags: Mapping[str, An
     accepted = ({*own, *OWN_KEYS}) - NOT_KEYS
     for key in given:
         if key not in known:
-            raise FastFisherError(f"unknown key {key!r} in {config}.{nearest(str(key), known)}")
+            where = f"in {config}" if config else "in --set"
+            raise FastFisherError(f"unknown key {key!r} {where}.{nearest(str(key), known)}")
     given = {key: value for key, value in given.items() if key in accepted}
     given |= {key: value for key, value in flags.items() if value is not None and key in accepted}
     for key, word in (*WORDS.items(), ("update", "none")):
@@ -186,7 +228,10 @@ def gather(call: Callable[..., Any], config: Path | None, flags: Mapping[str, An
     for key in FUNCTIONS:
         if given.get(key) is not None:
             given[key] = load(given[key], key)
-    missing = [key for key in ("model", "sparsity") if key in accepted and given.get(key) is None]
+    wanted = (
+        ["model"] if given.get("pattern") else ["model", "sparsity"]
+    )  # a pattern may bring its own sparsity
+    missing = [key for key in wanted if key in accepted and given.get(key) is None]
     if missing:
         raise FastFisherError(f"{missing[0]} is missing: give it on the command line or in the --config file")
     return given
@@ -306,7 +351,7 @@ def prune(
     eval_fn: EvalFn = None,
     weights: Weights = None,
     out: Out = None,
-    seed: Seed = None,
+    others: Others = None,
 ) -> None:
     """Prune a network in one shot, print the report, and save both with --out."""
     flags = locals().copy()
@@ -363,7 +408,7 @@ def tune(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the trials; a second run goes on there.")
     ] = None,
-    seed: Seed = None,
+    others: Others = None,
 ) -> None:
     """Prune with many settings and tell which lose least on samples held out."""
     flags = locals().copy()
@@ -406,6 +451,7 @@ def plan(
     block_size: BlockSize = None,
     num_grads: NumGrads = None,
     num_recomputations: Recomputations = None,
+    others: Others = None,
 ) -> None:
     """Tell the bytes and seconds of each phase before anything runs."""
     flags = locals().copy()

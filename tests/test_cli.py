@@ -348,3 +348,24 @@ def test_tune_takes_the_file_of_prune(user: Path, capsys: pytest.CaptureFixture[
     assert len(Path("tuning/tune.csv").read_text().splitlines()) == 3
     run("prune", "--config", "run.yaml")
     assert "woodtaylor" in capsys.readouterr().out
+
+
+def test_set_takes_every_other_keyword(user: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(*PRUNE, "--set", "pattern=block2", "--set", "seed=3", "--set", "scope=layer")
+    assert "layer scope" in capsys.readouterr().out
+    run(*PRUNE, "--set", "patern=2:4", code=cli.BAD_INPUT)
+    assert "unknown key 'patern' in --set. Closest: 'pattern'" in capsys.readouterr().err
+    run(*PRUNE, "--set", "pattern", code=cli.BAD_INPUT)
+    assert "--set takes KEY=VALUE, got 'pattern'" in capsys.readouterr().err
+
+
+def test_a_pattern_in_a_file_is_no_time_of_day(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("pattern: 2:4\nnum_grads: 64\ndamping: 1e-5\nblock_size: 0x10\ncentered: true\n")
+    assert cli.read_config(file) == {
+        "pattern": "2:4",
+        "num_grads": 64,
+        "damping": 1e-5,
+        "block_size": "0x10",
+        "centered": True,
+    }

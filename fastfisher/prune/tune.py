@@ -216,13 +216,10 @@ def _grid(
     ]
 
 
-def _check(sparsity: float, given: Mapping[str, Any]) -> None:
-    """Raise FastFisherError on a setting that `prune` would refuse, before anything runs."""
-    parameters = inspect.signature(prune).parameters
-    fields = {name: parameters[name].default for name in Settings.__dataclass_fields__}
-    Settings(
-        **(fields | {name: value for name, value in given.items() if name in fields} | {"sparsity": sparsity})
-    )
+def _checked(given: Mapping[str, Any]) -> Settings:
+    """The settings of a trial.  Raises FastFisherError on what `prune` would refuse, before anything runs."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(prune).parameters.items()}
+    return Settings.of({**defaults, **given})
 
 
 def _split(groups: Sequence[Samples], share: float) -> tuple[list[Samples], list[Samples]]:
@@ -307,7 +304,7 @@ def tune(
     model: nn.Module,
     data: Iterable[Any],
     *,
-    sparsity: float,
+    sparsity: float | None = None,
     relative_damping: float | Sequence[float] | None = RELATIVE_DAMPING,
     absolute_damping: float | Sequence[float] | None = ABSOLUTE_DAMPING,
     num_grads: int | Sequence[int] = 512,
@@ -341,8 +338,9 @@ def tune(
         )
     grid = _grid(relative_damping, absolute_damping, num_grads, block_size, num_recomputations)
     targets = find_targets(model, options.get("targets"), options.get("ignore"))
-    for settings in grid:
-        _check(sparsity, settings | options)
+    checked = [_checked({**options, **settings, "sparsity": sparsity}) for settings in grid]
+    goal = checked[0].sparsity
+    targets.take(model, checked[0].rule)
     reader = SampleReader(data, targets.device)
     largest = max(settings["num_grads"] for settings in grid) * options.get("grad_batch_size", 1)
     limit = None if reader.known is not None else PASSES * largest
@@ -362,17 +360,15 @@ def tune(
             f"the largest trial needs {largest} samples for gradients and some held out; "
             f"the data leave {for_gradients} and {for_loss}"
         )
-    record = _Record(folder, _identity(targets, fingerprints, sparsity, options | {"seed": seed}))
+    record = _Record(folder, _identity(targets, fingerprints, goal, options | {"seed": seed}))
     objective = Objective(model, list(targets.parameters), loss_fn=loss_fn, grad_batch_size=2)
     with untouched(model, seed):
-        found = Tuning(float(sparsity), _mean_loss(objective, theirs), for_loss)
+        found = Tuning(float(goal), _mean_loss(objective, theirs), for_loss)
     batches = [group.batch() for group in ours]
     for done, settings in enumerate(grid, 1):
         trial = record.find(settings)
         if trial is None:
-            trial = _try(
-                model, batches, theirs, targets, objective, settings, sparsity, loss_fn, seed, options
-            )
+            trial = _try(model, batches, theirs, targets, objective, settings, goal, loss_fn, seed, options)
             record.add(trial)
         found.trials.append(trial)
         if progress is not None:

@@ -218,6 +218,7 @@ class Checker {
         fisher_product();
         update();
         solve();
+        eliminate();
         dual();
     }
 
@@ -552,6 +553,77 @@ class Checker {
         if (!same_bits(weight, weight_)) fail("obs_solve changed the weights of a broken block", p_);
     }
 
+    // In the order told, every removal costs w^2 / (2 F^-1) of what is left, and no candidate would have cost less.
+    void expect_elimination(const std::vector<int64_t>& order, const std::vector<double>& loss,
+                            const std::vector<uint8_t>& failed, int64_t keep, const char* what) const {
+        for (int64_t b = 0; b < p_.num_blocks(); ++b) {
+            if (failed[b]) fail(std::string(what) + " gave up a sound block", p_);
+            const int64_t start = p_.range[2 * b], n = length(b);
+            Matrix f = inverse_[b], w(weight_.begin() + start, weight_.begin() + start + n);
+            std::vector<int64_t> left((n + 3) / 4);
+            std::vector<bool> there(n, true);
+            for (int64_t i = 0; i < n; ++i) ++left[i / 4];
+            for (int64_t t = 0; t < n; ++t) {
+                const int64_t q = order[start + t] - start;
+                if (q < 0 || q >= n || !there[q]) fail(std::string(what) + " is no order", p_);
+                double least = std::numeric_limits<double>::infinity();
+                for (int64_t i = 0; i < n; ++i)
+                    if (there[i] && left[i / 4] > keep) least = std::min(least, w[i] * w[i] / (2 * f[i * n + i]));
+                there[q] = false;
+                if (std::isnan(loss[start + t])) {
+                    if (left[q / 4] > keep) fail(std::string(what) + " kept a weight that may go", p_);
+                    continue;
+                }
+                --left[q / 4];
+                const double pivot = f[q * n + q], cost = w[q] * w[q] / (2 * pivot);
+                // costs span decades, and rounding of F^-1 moves the small ones
+                const double slack = 1e3 * TOLERANCE * (least + cost) + 1e-12;
+                if (std::abs(cost - loss[start + t]) > slack || cost > least + slack)
+                    fail(std::string(what) + " removed a weight at " + std::to_string(loss[start + t]) + ", not " +
+                             std::to_string(cost) + ", least " + std::to_string(least),
+                         p_);
+                const double step = w[q] / pivot;
+                Matrix column(n);
+                for (int64_t i = 0; i < n; ++i) column[i] = f[i * n + q];
+                for (int64_t i = 0; i < n; ++i) w[i] -= column[i] * step;
+                for (int64_t i = 0; i < n; ++i)
+                    for (int64_t j = 0; j < n; ++j) f[i * n + j] -= column[i] * column[j] / pivot;
+            }
+        }
+    }
+
+    template <class F>
+    void eliminated(const char* what, F kernel) const {
+        std::vector<int64_t> groups(p_.num_weights, -1);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b)
+            for (int64_t i = 0; i < length(b); ++i) groups[p_.range[2 * b] + i] = p_.range[2 * b] + i / 4;
+        for (const int64_t keep : {0, 2}) {
+            std::vector<double> loss(p_.num_weights, 7.0);
+            std::vector<uint8_t> failed(p_.num_blocks(), 2);
+            const auto order = twice(std::vector<int64_t>(p_.num_weights, -1), what, [&](int64_t* out, int threads) {
+                kernel(out, loss.data(), failed.data(), keep ? groups.data() : nullptr, keep, threads);
+            });
+            expect_elimination(order, loss, failed, keep, what);
+        }
+    }
+
+    void eliminate() const {
+        eliminated("obs_eliminate", [&](int64_t* order, double* loss, uint8_t* failed, const int64_t* groups,
+                                        int64_t keep, int threads) {
+            run_.obs_eliminate(order, loss, failed, weight_.data(), state_.data(), p_.blocks(), groups, keep, 1,
+                               threads);
+        });
+        std::vector<T> negative(state_);
+        for (T& x : negative) x = -x;
+        std::vector<int64_t> order(p_.num_weights);
+        std::vector<double> loss(p_.num_weights);
+        std::vector<uint8_t> failed(p_.num_blocks());
+        run_.obs_eliminate(order.data(), loss.data(), failed.data(), weight_.data(), negative.data(), p_.blocks(),
+                           nullptr, 0, 3, threads_);
+        for (const uint8_t f : failed)
+            if (!f) fail("obs_eliminate did not report a broken block", p_);
+    }
+
     void dual() const {
         const int64_t K = p_.num_blocks(), k = p_.num_grads;
         std::vector<double> condition(K);
@@ -589,6 +661,12 @@ class Checker {
             run_.obs_solve_dual(out, grads_.view(p_), p_.blocks(), m(), DAMPING, mask_.data(), failed.data(), threads);
         });
         expect_pruned(weight, failed, "obs_solve_dual");
+
+        eliminated("obs_eliminate_dual", [&](int64_t* order, double* loss, uint8_t* broken, const int64_t* groups,
+                                             int64_t keep, int threads) {
+            run_.obs_eliminate_dual(order, loss, broken, weight_.data(), dual_state(factor), p_.blocks(), groups, keep,
+                                    1, threads);
+        });
     }
 
     // U^T U must give back m lambda I + G G^T, and the estimate must lie between ||A^-1||_2 / 4 and ||A^-1||_F.

@@ -92,11 +92,22 @@ void wild(const ff::Kernels<T>& run, ff::DualFactor dual_factor, const check::Pr
     each(weight, [&](T* out, int t) { run.obs_saliency(out, weight.data(), x.data(), d, t); });
     each(weight, [&](T* w, int t) { run.obs_update(w, state.data(), x.data(), d, p.blocks(), mask.data(), t); });
     each(weight, [&](T* w, int t) { run.obs_solve(w, state.data(), p.blocks(), mask.data(), failed.data(), t); });
+    std::vector<double> loss(d);
+    const std::vector<int64_t> places(d);
+    const int64_t together = 1 + static_cast<int64_t>(in.byte() % 5);
+    same_for_any_threads(places, threads, p, [&](int64_t* order, int t) {
+        run.obs_eliminate(order, loss.data(), failed.data(), weight.data(), state.data(), p.blocks(), nullptr, 0,
+                          together, t);
+    });
     const auto factor = same_for_any_threads(std::vector<double>(K * k * k), threads, p, [&](double* out, int t) {
         dual_factor(out, grads, p.blocks(), m, damping, condition.data(), t);
     });
     const ff::Dual dual{grads, factor.data(), damping};
     each(weight, [&](T* out, int t) { run.inverse_diagonal_dual(out, dual, p.blocks(), t); });
+    same_for_any_threads(places, threads, p, [&](int64_t* order, int t) {
+        run.obs_eliminate_dual(order, loss.data(), failed.data(), weight.data(), dual, p.blocks(), nullptr, 0, together,
+                               t);
+    });
     each(x, [&](T* out, int t) { run.block_matvec_dual(out, x.data(), p.columns, dual, p.blocks(), t); });
     each(weight, [&](T* w, int t) { run.obs_update_dual(w, dual, x.data(), d, p.blocks(), mask.data(), t); });
     each(weight,

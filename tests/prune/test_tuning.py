@@ -194,3 +194,13 @@ def test_bad_input_is_one_sentence_before_any_work(options: dict[str, Any], mess
     with pytest.raises(FastFisherError) as caught:
         tune(classifier(), progress=never, **options)
     assert message in str(caught.value)
+
+
+def test_a_pattern_brings_its_sparsity_and_what_it_leaves_dense_counts_for_nothing() -> None:
+    model = classifier()
+    found = ff.tune(
+        model, batches(*images(64), 16), pattern="2:4", relative_damping=(0.1, 1.0), absolute_damping=None,
+        num_grads=32, block_size=16,
+    )  # fmt: skip
+    assert found.sparsity == 0.5
+    assert len(found.trials) == 2
