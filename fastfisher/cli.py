@@ -196,7 +196,8 @@ def pairs(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def gather(call: Callable[..., Any], config: Path | None, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a verb: file, then --set, then other flags.  One file serves every verb: keys of prune that `call` lacks are left.
+    """The settings of a verb: file, then --set, then other flags.  One file serves every verb: keys of prune that
+    `call` lacks are left.
 
     Raises FastFisherError on a key that no verb has, with the nearest names.
     """

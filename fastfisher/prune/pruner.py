@@ -184,21 +184,30 @@ def prune(
     """Set round(sparsity · d) of the d target weights to zero where the loss suffers least, and correct the others.
 
     data: iterable of batches (input, label) or dicts, read only as far as needed: num_grads · grad_batch_size samples
-        for every estimate, in the loader's order.  It may be None for method "magnitude".
+        for every estimate, in the loader's order.  It may be None for methods that take no gradient.
+    sparsity: the fraction of zeros; it may be left out where the pattern fixes it.
     method: "woodfisher" (blocks of the inverse Fisher), "woodtaylor" (the same with the gradient of the loss, which
-        repairs what the steps before have done too), "diagonal" (blocks of one), "magnitude" (no gradients).
+        repairs what the steps before have done too), "diagonal" (blocks of one); "kfac" (Kronecker factors), "hessian"
+        (blocks of the Hessian, for small networks), "obd" (its diagonal); "magnitude" and "random" (no gradients).
     scope: "global" ranks all weights together, "layer" gives every tensor the same share; what rounding leaves
         over goes to the tensors with the largest remainders.
     block_size: B, weights per Fisher block; None for one block over everything.
     grad_batch_size: 1 for per-sample gradients, n for means over mini-batches of n.
     damping: λ, added to the Fisher's diagonal ("absolute", the paper's), or the multiple of its mean diagonal to add
         ("relative", which needs no tuning from network to network).
-    update: of the kept weights: "sum" (the paper's), "joint" (exact for all removed weights of a block together), None,
-        or "auto": "sum" for a single step, "joint" with recomputations.   Only for methods with blocks.
+    update: of the kept weights: "sum" (the paper's), "joint" (exact for all removed weights of a block together),
+        "greedy" (weights are chosen one at a time, each after the correction for those before), None, or "auto": "sum"
+        for a single step, "joint" with recomputations.   Only for methods with blocks, and "kfac".
     num_recomputations: how often gradients and inverse are made anew on the way to the final sparsity, each time at the
         point reached and for the weights that are left; None: as often as the sparsity calls for (12 times to 80 %).
         The data are read on, and from the beginning again at their end.
     centered: the covariance of the gradients in place of the Fisher, for "woodtaylor".
+    fisher_type: "empirical" (the labels of the data), "mc" (labels drawn from the prediction) or "exact" (the sum over
+        all outputs, num_grads samples with as many rows each).
+    pattern: "unstructured", "2:4" or any N:M along the input dimension, "block4" or other whole blocks.  Tensors that
+        cannot take it stay dense and are listed in the report.
+    cost: "params", or "flops" to rank by loss per operation.
+    max_layer_sparsity: the most that a tensor may lose, for all or by name or glob.
     targets, ignore: names, module names or globs, with or without ".weight"; by default Linear and convolution weights.
     loss_fn: loss_fn(model, batch) -> one number, the mean over the batch.  For per-sample gradients it is called with
         batches of one sample, under torch.func.vmap.  The model it gets is the same object, in eval mode.
@@ -211,7 +220,7 @@ def prune(
     The model is changed in place, at the very end: on any error or interrupt it is bit for bit as it was.  Weights keep
     dtype, memory and ties; zeros that are there already stay and count.
     Raises FastFisherError (a ValueError) on bad input, FisherError where the arithmetic breaks down.
-    Source: WoodFisher (Singh & Alistarh, 2020), sections 2 and 3.
+    Source: WoodFisher (Singh & Alistarh, 2020), sections 2, 3 and 5.
     """
     settings = Settings.of(locals())
     found = find_targets(model, targets, ignore)
