@@ -10,6 +10,7 @@ Writes recomputed_<network>.csv, .png and .json.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from torch import nn
 
 import fastfisher as ff
 from benchmarks.paper import data, experiment
-from benchmarks.paper.experiment import Curves, Line, Panel
+from benchmarks.paper.experiment import Claim, Curves
 from benchmarks.paper.networks import MLPNet, ResNet20
+from benchmarks.paper.pictures import Line, Panel
 
 DAMPINGS = (0.01, 0.1, 1.0)
 MAGNITUDE = Line("magnitude", "global")
@@ -41,16 +43,39 @@ class Network:
     block_size: int
     sparsities: tuple[float, ...]
     bars: dict[float, float]
+    claim: str
     above_dense: bool = False  # the bars count from the accuracy of the dense network, at the best sparsity
 
 
 NETWORKS = {
     "resnet20": Network(
-        "ResNet-20 on CIFAR-10", 1_000, 750, 128, (0.7, 0.8, 0.9), {0.7: 88.5, 0.8: 84.0, 0.9: 68.0}
+        "ResNet-20 on CIFAR-10",
+        1_000,
+        750,
+        128,
+        (0.7, 0.8, 0.9),
+        {0.7: 88.5, 0.8: 84.0, 0.9: 68.0},
+        "Asked for here: one call with recomputations keeps 88.5, 84 and 68 % at 70, 80 and 90 % sparsity.",
     ),
-    "mlpnet": Network("MLPNET on MNIST", 8_000, 1_000, 64, (0.8, 0.9, 0.95), {0.95: 88.0}),
+    "mlpnet": Network(
+        "MLPNET on MNIST",
+        8_000,
+        1_000,
+        64,
+        (0.8, 0.9, 0.95),
+        {0.95: 88.0},
+        "Asked for here: one call with recomputations stays within a point of dense at 90 % sparsity and keeps 88 % at "
+        "95 %.",
+    ),
     "mlpnet_ep2": Network(
-        "MLPNET on MNIST, trained for two epochs", 8_000, 1_000, 64, (0.5, 0.6, 0.7, 0.8), {0.8: 4.0}, True
+        "MLPNET on MNIST, trained for two epochs",
+        8_000,
+        1_000,
+        64,
+        (0.5, 0.6, 0.7, 0.8),
+        {0.8: 4.0},
+        "Asked for here: WoodTaylor with recomputations ends at least 4 points above the dense network.",
+        True,
     ),
 }
 
@@ -78,7 +103,7 @@ def measure(
     ff.reestimate_batchnorm(model, loader)
     found.append(experiment.accuracy(model, test))
     for label, value in zip((line.label, f"{line.label}, BatchNorm"), found, strict=True):
-        curves.accuracy.setdefault((label, settings["sparsity"]), []).append(value)
+        curves.add(label, settings["sparsity"], value)
     print(
         f"seed {settings['seed']}, {settings['sparsity']:.0%}, {line.label}: {found[0]:.1f} / {found[1]:.1f}",
         flush=True,
@@ -103,30 +128,15 @@ def bars(network: Network, curves: Curves, sparsities: list[float]) -> list[dict
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = experiment.parser("recomputed", __doc__.split("\n")[0], (), 0, seeds=3)
-    parser.add_argument("network", choices=NETWORKS)
-    parser.add_argument("--num-grads", type=int, help="gradients in one estimate")
-    data.add_argument(parser)
-    options = parser.parse_args(arguments)
-    network = NETWORKS[options.network]
-    options.defaults = {key: parser.get_default(key) for key in vars(options)} | {
-        "name": f"recomputed {options.network}",
-        "network": options.network,
-        "samples": network.samples,
-        "num_grads": network.num_grads,
-        "sparsities": list(network.sparsities),
-    }
-    for key in ("samples", "num_grads", "sparsities"):
-        setattr(options, key, getattr(options, key) or options.defaults[key])
-    options.name = f"recomputed_{options.network}"
-    curves, chosen = Curves(), {}
+def measure_all(options: argparse.Namespace, network: Network, curves: Curves) -> None:
+    """Every method, sparsity and seed; leaves the dampings that were chosen in the options."""
+    chosen: dict[tuple[str, float], dict[str, Any]] = {}
     for seed in range(options.seeds):
         dense, train, test = load(options.network, options, seed)
         loader = list(zip(train.images.split(100), train.labels.split(100), strict=True))
         targets = ResNet20.prunable() if options.network == "resnet20" else None
         problem = (dense, loader, test)
-        curves.accuracy.setdefault(("dense", 0.0), []).append(experiment.accuracy(dense, test))
+        curves.add("dense", 0.0, experiment.accuracy(dense, test))
 
         for sparsity in options.sparsities:
             estimate = {"num_grads": options.num_grads, "block_size": network.block_size}
@@ -149,18 +159,44 @@ def main(arguments: list[str] | None = None) -> None:
                     curves.spent("tune", started)
                     chosen[method, sparsity] = tuning.best
                 measure(curves, line, problem, common | {"method": method} | chosen[method, sparsity])
-    lines = [MAGNITUDE, ONE_STEP, *RECOMPUTED.values()]
-    panels = [Panel(f"{options.num_grads} gradients an estimate, {options.seeds} seeds", lines)]
     options.chosen = {f"{m} {s:g}": settings["damping"] for (m, s), settings in chosen.items()}
     options.defaults["chosen"] = options.chosen
-    keys = ("network", "samples", "num_grads", "seeds", "sparsities", "chosen")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = experiment.parser("recomputed", __doc__.split("\n")[0], (0.0,), 0, seeds=3)
+    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("--num-grads", type=int, help="gradients in one estimate")
+    options = experiment.read(parser, arguments)
+    network = NETWORKS[options.network]
+    own = {
+        "samples": network.samples,
+        "num_grads": network.num_grads,
+        "sparsities": list(network.sparsities),
+        "name": f"recomputed_{options.network}",
+    }
+    for key, value in own.items():
+        if getattr(options, key) == options.defaults[key]:
+            setattr(options, key, value)
+    options.defaults |= own | {"script": f"recomputed {options.network}", "network": options.network}
+    curves = experiment.start(options)
+    if not options.render:
+        measure_all(options, network, curves)
+    counts = f"{experiment.count(options.num_grads, 'gradient')} an estimate"
+    panels = [
+        Panel(
+            f"{counts}, {experiment.count(options.seeds, 'seed')}",
+            [MAGNITUDE, ONE_STEP, *RECOMPUTED.values()],
+        )
+    ]
     experiment.report(
         options,
         curves,
-        panels,
+        experiment.lines(curves, panels),
         bars(network, curves, options.sparsities),
         f"{network.title}, without retraining",
-        keys,
+        Claim("beyond the paper", network.claim),
+        keys=("network", "samples", "num_grads", "seeds", "sparsities", "chosen"),
     )
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.paper import data, experiment, mlpnet_mnist, recomputed, resnet20_cifar10
+from benchmarks.paper import data, experiment, mlpnet_mnist, page, recomputed, resnet20_cifar10
 from benchmarks.paper.networks import MLPNet, ResNet20
 
 
@@ -46,7 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(made / "mnist.npz", **arrays)
     (made / "mlpnet").mkdir()
     for seed in range(2):
-        _save(MLPNet(), made / "mlpnet" / f"full_ep25_seed{seed}.safetensors")
+        for kind in ("full_ep2", "full_ep25"):
+            _save(MLPNet(), made / "mlpnet" / f"{kind}_seed{seed}.safetensors")
     for i in range(1, 5):
         _tiles(made / f"cifar10_train_{i}.webp", 8, 4, i)
     _tiles(made / "cifar10_test_first1000.webp", 8, 4, 5)
@@ -92,6 +93,7 @@ def _check_files(out: Path, name: str, sparsities: list[float], seeds: int, comm
     record = json.loads((out / f"{name}.json").read_text())
     assert record["command"].startswith(command)
     assert record["machine"]["cpu"]
+    assert record["held"] == experiment.verdict(record["bars"])
     return record
 
 
@@ -151,4 +153,44 @@ def test_pruning_for_the_table_leaves_the_model_as_it_was() -> None:
     curves = experiment.Curves()
     experiment.prune_all(curves, model, layout, {}, [experiment.Line("magnitude", "global")], [0.5], split)
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
-    assert len(curves.accuracy["magnitude", 0.5]) == 1
+    assert len(curves.values["magnitude", 0.5]) == 1
+
+
+def test_page_shows_every_result_and_rendering_changes_no_number(folder: Path, tmp_path: Path) -> None:
+    results, written = tmp_path / "results", tmp_path / "docs" / "paper.md"
+    arguments = ["--out", str(results), "--data", str(folder), "--name", "small"]
+    mlpnet_mnist.main([*arguments, "--samples", "12", "--seeds", "2", "--sparsities", "0.5", "0.8"])
+    page.main(["--results", str(results), "--page", str(written)])
+    text = written.read_text()
+    record = json.loads((results / "small.json").read_text())
+    assert f"Claim: {record['claim']}" in text
+    assert f"Held: **{record['held']}**" in text
+    assert f"![{record['title']}](../results/small.png)" in text
+    assert f"`{record['command']}`" in text
+    (first,) = [line for line in text.splitlines() if line.startswith("| magnitude, global")]
+    curves = experiment.read_csv(results / "small.csv", experiment.ACCURACY)
+    mean = np.mean(curves.values["magnitude, global", 0.5])
+    deviation = np.std(curves.values["magnitude, global", 0.5], ddof=1)
+    assert f" {mean:.1f} ± {deviation:.1f} |" in first
+    (heading,) = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert f"(#{page.anchor(heading)})" in text
+
+    before = (results / "small.csv").read_text()
+    mlpnet_mnist.main([*arguments, "--render"])
+    again = json.loads((results / "small.json").read_text())
+    assert (results / "small.csv").read_text() == before
+    assert again == record
+
+
+def test_page_names_results_without_a_claim(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("{}")
+    with pytest.raises(SystemExit, match="old hold no claim: run their command with --render"):
+        page.page(tmp_path, ".")
+
+
+def test_verdicts_come_from_the_bars() -> None:
+    bars = [experiment.at_least("a", 2, 1), experiment.at_most("b", 2, 1)]
+    assert experiment.verdict(bars[:1]) == "yes"
+    assert experiment.verdict(bars) == "NO, 1 of 2 bars cleared"
+    assert experiment.count(1, "seed") == "1 seed"
+    assert experiment.count(3, "seed") == "3 seeds"
