@@ -346,10 +346,11 @@ def report(
     claim: Claim,
     axes: Axes = ACCURACY,
     keys: Sequence[str] = ("samples", "damping", "seeds", "sparsities", "name"),
+    more: Sequence[str] = (),
 ) -> None:
     """Print the table, the bars and the verdict, and write <out>/<name>.csv, .png and .json with the options `keys`.
 
-    picture: draws the file of this path under this title.
+    picture: draws the file of this path under this title.   more: what ends the names of other pictures it draws.
     """
     target = options.out / options.name
     if ("dense", 0.0) in curves.values:
@@ -367,6 +368,7 @@ def report(
         "claim": claim.text,
         "held": verdict(bars),
         "bars": list(bars),
+        "pictures": [f"{options.name}.png", *(f"{options.name}_{suffix}.png" for suffix in more)],
         "axes": {"x": axes.x, "y": axes.y, "y_label": axes.y_label},
     }
     picture(target.with_suffix(".png"), title)

@@ -28,7 +28,7 @@ setting was chosen by test images.  A claim is held where its numbers clear ever
 mean ± standard deviation over the seeds.  `make paper` runs every command and writes this page.
 
 What the paper calls joint, one ranking of the weights of all layers, is global here; *sum* and *joint* are the updates of
-the weights that stay, the paper's and the exact one for all removed weights of a block together.
+what stays: the paper's, and the exact one for all removed weights of a block together.
 """
 
 
@@ -62,7 +62,7 @@ def section(folder: Path, record: dict[str, Any], link: str) -> str:
         f"Claim: {record['claim']}",
         f"Held: **{record['held']}**",
         experiment.bar_table(record["bars"]),
-        f"![{record['title']}]({link}/{record['name']}.png)",
+        *(f"![{record['title']}]({link}/{picture})" for picture in record["pictures"]),
         numbers(folder, record),
     ]
     if dense:

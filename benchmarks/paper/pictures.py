@@ -53,7 +53,7 @@ class Axes:
     y_label: str = "test accuracy, %"
     scale: float = 100
     logarithmic: str = ""  # "x", "y" or "xy"
-    legend: str = "lower left"
+    legend: str = "best"
 
 
 @contextmanager
