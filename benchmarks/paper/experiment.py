@@ -30,7 +30,7 @@ from benchmarks.tables import markdown_table
 from fastfisher.fisher.gradients import GradientStream, Objective, untouched
 from fastfisher.prune import saliency
 from fastfisher.prune.select import select
-from fastfisher.prune.update import updated
+from fastfisher.prune.update import updated, written
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "paper"
 ACCURACY = Axes()
@@ -113,6 +113,32 @@ def accuracy(model: nn.Module, test: Split) -> float:
     return 100 * right / len(test.labels)
 
 
+def mask_of(
+    weight: Tensor, layout: ff.BlockLayout, finv: ff.FisherInverse | None, line: Line, sparsity: float
+) -> Tensor:
+    """What a line keeps, bool [d].   weight: [d], for WoodTaylor already w - F⁻¹ ∇L.   finv: None for magnitude."""
+    scores = saliency.magnitude(weight) if finv is None else finv.saliency(weight)
+    ranges = list(layout.parameter_ranges.values())
+    return select(scores, weight == 0, sparsity, scope=line.scope, ranges=ranges)
+
+
+def pruned(
+    weight: Tensor,
+    layout: ff.BlockLayout,
+    inverses: Mapping[str, ff.FisherInverse],
+    line: Line,
+    sparsity: float,
+) -> Tensor:
+    """The weights that a line leaves at one sparsity, [d].
+
+    An inverse that holds the mean gradient is WoodTaylor's: its lines start from w - F⁻¹ ∇L in place of w.
+    """
+    finv = None if line.fisher is None else inverses[line.fisher]
+    if finv is not None and finv.mean is not None:
+        weight = weight - saliency.newton_step(finv).to(weight.dtype)
+    return updated(weight, mask_of(weight, layout, finv, line, sparsity), finv, line.update)
+
+
 def prune_all(
     curves: Curves,
     model: nn.Module,
@@ -122,34 +148,16 @@ def prune_all(
     sparsities: Sequence[float],
     test: Split,
 ) -> None:
-    """Add one seed's accuracies for every line and sparsity; the model ends as it was.
-
-    An inverse that holds the mean gradient is WoodTaylor's: its lines start from w - F⁻¹ ∇L in place of w.
-    """
+    """Add one seed's accuracies for every line and sparsity; the model ends as it was."""
     parameters = {name: dict(model.named_parameters())[name] for name in layout.parameter_ranges}
     weight = layout.flatten({name: p.detach() for name, p in parameters.items()})  # [d]
-    ranges = list(layout.parameter_ranges.values())
-
-    def write(flat: Tensor) -> None:
-        with torch.no_grad():
-            for name, values in layout.unflatten(flat).items():
-                parameters[name].copy_(values)
-
-    starts: dict[str | None, Tensor] = {None: weight}
-    scores: dict[str | None, Tensor] = {None: saliency.magnitude(weight)}
-    for name, finv in inverses.items():
-        step = 0 if finv.mean is None else saliency.newton_step(finv).to(weight.dtype)
-        starts[name] = weight - step
-        scores[name] = finv.saliency(starts[name])
     for line in lines:
         started = time.perf_counter()
         for sparsity in sparsities:
-            mask = select(scores[line.fisher], weight == 0, sparsity, scope=line.scope, ranges=ranges)
-            new = updated(starts[line.fisher], mask, inverses.get(line.fisher or ""), line.update)
-            write(new)
-            curves.add(line.label, sparsity, accuracy(model, test))
+            new = pruned(weight, layout, inverses, line, sparsity)
+            with written(parameters, layout.unflatten(new), keep=False):
+                curves.add(line.label, sparsity, accuracy(model, test))
         curves.spent(line.label, started)
-    write(weight)
 
 
 def woodtaylor(
@@ -216,7 +224,8 @@ def read(made: argparse.ArgumentParser, arguments: list[str] | None) -> argparse
 
 
 def start(options: argparse.Namespace, axes: Axes = ACCURACY) -> Curves:
-    """Empty curves; with --render the stored ones, and the options as they were."""
+    """Empty curves; with --render the stored ones, and the options as they were.   Notes the commit that measures."""
+    options.commit = machine.commit()
     if not options.render:
         return Curves()
     record = json.loads((options.out / f"{options.name}.json").read_text())
@@ -327,7 +336,7 @@ def _record(target: Path, curves: Curves, options: argparse.Namespace, keys: Seq
     record = {
         "command": _command(options, settings),
         "date": datetime.date.today().isoformat(),
-        "commit": machine.commit(),
+        "commit": options.commit,
         "machine": machine.describe(),
         "settings": settings,
         "seconds": {phase: round(spent, 1) for phase, spent in curves.seconds.items()},
