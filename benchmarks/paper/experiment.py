@@ -8,7 +8,6 @@ of gradients and one inverse serve every sparsity, scope and update.
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import datetime
 import json
@@ -89,6 +88,12 @@ def layout_of(model: nn.Module, names: Sequence[str]) -> ff.BlockLayout:
     return ff.BlockLayout(list(names), [tuple(parameters[name].shape) for name in names], 1)
 
 
+def weights_of(model: nn.Module, layout: ff.BlockLayout) -> Tensor:
+    """The weights of the layout as one vector [d]."""
+    parameters = dict(model.named_parameters())
+    return layout.flatten({name: parameters[name].detach() for name in layout.names})
+
+
 def gradients(model: nn.Module, layout: ff.BlockLayout, samples: Split, grad_batch_size: int = 1) -> Tensor:
     """Gradients of the loss, per sample or of means over mini-batches: [m, d] float32."""
     num_grads = len(samples.labels) // grad_batch_size
@@ -139,6 +144,14 @@ def pruned(
     return updated(weight, mask_of(weight, layout, finv, line, sparsity), finv, line.update)
 
 
+def accuracy_with(model: nn.Module, layout: ff.BlockLayout, flat: Tensor, test: Split) -> float:
+    """Accuracy with the weights of the layout taken from a vector [d]; the model ends as it was."""
+    parameters = dict(model.named_parameters())
+    targets = {name: parameters[name] for name in layout.names}
+    with written(targets, layout.unflatten(flat), keep=False):
+        return accuracy(model, test)
+
+
 def prune_all(
     curves: Curves,
     model: nn.Module,
@@ -149,37 +162,28 @@ def prune_all(
     test: Split,
 ) -> None:
     """Add one seed's accuracies for every line and sparsity; the model ends as it was."""
-    parameters = {name: dict(model.named_parameters())[name] for name in layout.parameter_ranges}
-    weight = layout.flatten({name: p.detach() for name, p in parameters.items()})  # [d]
+    weight = weights_of(model, layout)
     for line in lines:
         started = time.perf_counter()
         for sparsity in sparsities:
             new = pruned(weight, layout, inverses, line, sparsity)
-            with written(parameters, layout.unflatten(new), keep=False):
-                curves.add(line.label, sparsity, accuracy(model, test))
+            curves.add(line.label, sparsity, accuracy_with(model, layout, new, test))
         curves.spent(line.label, started)
 
 
-def woodtaylor(
-    grads: Tensor, layout: ff.BlockLayout, damping: float, centered: bool = False
-) -> tuple[ff.FisherInverse, ff.FisherInverse]:
-    """The inverse of one block over everything, with the mean gradient (WoodTaylor) and without it (WoodFisher)."""
+def woodtaylor(grads: Tensor, layout: ff.BlockLayout, damping: float) -> ff.FisherInverse:
+    """The inverse of one block over everything that holds the mean gradient, as WoodTaylor needs it."""
     whole = ff.BlockLayout(layout.names, layout.shapes, None)
-    accumulator = ff.FisherAccumulator(
-        whole, num_grads=len(grads), damping=damping, mean=True, centered=centered
-    )
+    accumulator = ff.FisherAccumulator(whole, num_grads=len(grads), damping=damping, mean=True)
     accumulator.add(grads)
-    taylor = accumulator.finish()
-    plain = copy.copy(taylor)
-    plain.mean = None
-    return taylor, plain
+    return accumulator.finish()
 
 
 def parser(
     name: str,
     description: str,
     sparsities: Sequence[float],
-    num_samples: int,
+    num_samples: int | list[int],
     seeds: int,
     *,
     full: Mapping[str, Any] | None = None,
@@ -191,7 +195,11 @@ def parser(
     """
     made = argparse.ArgumentParser(description=description)
     made.add_argument(
-        "--samples", type=int, default=num_samples, help="training samples behind the Fisher estimate"
+        "--samples",
+        type=int,
+        nargs="+" if isinstance(num_samples, list) else None,
+        default=num_samples,
+        help="training samples behind the Fisher estimate",
     )
     if grad_batch_size:
         made.add_argument("--grad-batch-size", type=int, default=1, help="samples averaged into one gradient")
@@ -221,6 +229,16 @@ def read(made: argparse.ArgumentParser, arguments: list[str] | None) -> argparse
             if key in {*options.published, "name"} and getattr(options, key) == made.get_default(key):
                 setattr(options, key, value)
     return options
+
+
+def fill(options: argparse.Namespace, script: str, **own: Any) -> None:
+    """Put in what an experiment sets for its network where the user says nothing.   script: words of the command."""
+    suffix = "_full" if getattr(options, "full", False) else ""
+    own["name"] = script.replace(" ", "_") + suffix
+    for key, value in own.items():
+        if getattr(options, key) == options.defaults[key]:
+            setattr(options, key, value)
+    options.defaults |= own | {"script": script, "network": options.network}
 
 
 def start(options: argparse.Namespace, axes: Axes = ACCURACY) -> Curves:
@@ -285,16 +303,22 @@ def table(curves: Curves, axes: Axes = ACCURACY) -> str:
         several = len(curves.values[label, place]) > 1
         return f"{mean:{digits}} ± {deviation:{digits}}" if several else f"{mean:{digits}}"
 
-    names = [
-        place if isinstance(place, str) else f"{place:.3g}" if axes.x != "sparsity" else f"{100 * place:.3g}%"
-        for place in places
-    ]
+    names = [_name(place, axes) for place in places]
     if any(isinstance(place, str) for place in places):
         rows = [[name, *(cell(label, p) for label in labels)] for name, p in zip(names, places, strict=True)]
         return markdown_table([axes.x.replace("_", " "), *labels], rows)
     return markdown_table(
         ["method", *names], [[label, *(cell(label, p) for p in places)] for label in labels]
     )
+
+
+def _name(place: Place, axes: Axes) -> str:
+    """How a column is headed: 80%, 2,000, 0.001, or the word itself."""
+    if isinstance(place, str):
+        return place
+    if axes.x == "sparsity":
+        return f"{100 * place:.3g}%"
+    return f"{place:,.0f}" if place >= 1_000 else f"{place:.3g}"
 
 
 def write_csv(path: Path, curves: Curves, axes: Axes) -> None:

@@ -13,7 +13,6 @@ import time
 import fastfisher as ff
 from benchmarks.paper import data, experiment
 from benchmarks.paper.experiment import Claim, Curves
-from benchmarks.paper.networks import MLPNet
 from benchmarks.paper.pictures import Line, Panel
 
 CLAIM = Claim(
@@ -48,9 +47,8 @@ def bars(curves: Curves, sparsities: list[float]) -> list[dict]:
 
 def measure(options: argparse.Namespace, curves: Curves) -> None:
     for seed in range(options.seeds):
-        model = data.load_weights(MLPNet(), options.data, f"mlpnet/full_ep25_seed{seed}.safetensors")
-        layout = experiment.layout_of(model, [name for name, _ in model.named_parameters()])
-        train, test = data.mnist(options.data, options.samples, seed)
+        model, targets, train, test = data.load("mlpnet", options.data, options.samples, seed)
+        layout = experiment.layout_of(model, targets)
         started = time.perf_counter()
         grads = experiment.gradients(model, layout, train, options.grad_batch_size)
         curves.spent("gradients", started)

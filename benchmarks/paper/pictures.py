@@ -108,7 +108,11 @@ def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
         axis.set_xscale("log")
     if "y" in axes.logarithmic:
         axis.set_yscale("log")
-    labels = [str(place) for place in places] if words else [f"{tick:.3g}" for tick in ticks]
+    labels = (
+        [str(place) for place in places]
+        if words
+        else [f"{tick:,.0f}" if tick >= 1000 else f"{tick:.3g}" for tick in ticks]
+    )
     axis.set_xticks(ticks, labels, fontsize=8)
     axis.minorticks_off()
     axis.set_xlabel(axes.x_label)

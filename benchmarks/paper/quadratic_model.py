@@ -21,7 +21,6 @@ from torch.func import functional_call
 import fastfisher as ff
 from benchmarks.paper import data, experiment
 from benchmarks.paper.experiment import Claim, Curves
-from benchmarks.paper.networks import MLPNet
 from benchmarks.paper.pictures import Axes, Line, Panel
 
 CLAIM = Claim(
@@ -51,10 +50,9 @@ def mean_loss(model: nn.Module, layout: ff.BlockLayout, flat: Tensor, samples: d
 
 def measure(options: argparse.Namespace, curves: Curves) -> None:
     for seed in range(options.seeds):
-        model = data.load_weights(MLPNet(), options.data, f"mlpnet/full_ep25_seed{seed}.safetensors")
-        samples, _ = data.mnist(options.data, options.samples, seed)
-        layout = experiment.layout_of(model, [name for name, _ in model.named_parameters()])
-        weight = layout.flatten({name: p.detach() for name, p in model.named_parameters()})  # [d]
+        model, targets, samples, _ = data.load("mlpnet", options.data, options.samples, seed)
+        layout = experiment.layout_of(model, targets)
+        weight = experiment.weights_of(model, layout)
         started = time.perf_counter()
         grads = experiment.gradients(model, layout, samples)
         inverses = {

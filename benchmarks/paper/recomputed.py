@@ -21,7 +21,6 @@ from torch import nn
 import fastfisher as ff
 from benchmarks.paper import data, experiment
 from benchmarks.paper.experiment import Claim, Curves
-from benchmarks.paper.networks import MLPNet, ResNet20
 from benchmarks.paper.pictures import Line, Panel
 
 DAMPINGS = (0.01, 0.1, 1.0)
@@ -80,16 +79,6 @@ NETWORKS = {
 }
 
 
-def load(name: str, options: Any, seed: int) -> tuple[nn.Module, data.Split, data.Split]:
-    """The dense network, training images and test images of one seed."""
-    if name == "resnet20":
-        model = data.load_weights(ResNet20(), options.data, "resnet20_cifar10_woodfisher.safetensors")
-        return model, *data.cifar10(options.data, options.samples, seed)
-    kind = "full_ep2" if name == "mlpnet_ep2" else "full_ep25"
-    model = data.load_weights(MLPNet(), options.data, f"mlpnet/{kind}_seed{seed}.safetensors")
-    return model, *data.mnist(options.data, options.samples, seed)
-
-
 def measure(
     curves: Curves, line: Line, problem: tuple[nn.Module, list, data.Split], settings: dict[str, Any]
 ) -> None:
@@ -132,9 +121,8 @@ def measure_all(options: argparse.Namespace, network: Network, curves: Curves) -
     """Every method, sparsity and seed; leaves the dampings that were chosen in the options."""
     chosen: dict[tuple[str, float], dict[str, Any]] = {}
     for seed in range(options.seeds):
-        dense, train, test = load(options.network, options, seed)
+        dense, targets, train, test = data.load(options.network, options.data, options.samples, seed)
         loader = list(zip(train.images.split(100), train.labels.split(100), strict=True))
-        targets = ResNet20.prunable() if options.network == "resnet20" else None
         problem = (dense, loader, test)
         curves.add("dense", 0.0, experiment.accuracy(dense, test))
 
@@ -169,16 +157,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-grads", type=int, help="gradients in one estimate")
     options = experiment.read(parser, arguments)
     network = NETWORKS[options.network]
-    own = {
-        "samples": network.samples,
-        "num_grads": network.num_grads,
-        "sparsities": list(network.sparsities),
-        "name": f"recomputed_{options.network}",
-    }
-    for key, value in own.items():
-        if getattr(options, key) == options.defaults[key]:
-            setattr(options, key, value)
-    options.defaults |= own | {"script": f"recomputed {options.network}", "network": options.network}
+    experiment.fill(
+        options,
+        f"recomputed {options.network}",
+        samples=network.samples,
+        num_grads=network.num_grads,
+        sparsities=list(network.sparsities),
+    )
     curves = experiment.start(options)
     if not options.render:
         measure_all(options, network, curves)

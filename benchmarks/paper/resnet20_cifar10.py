@@ -19,7 +19,6 @@ import time
 import fastfisher as ff
 from benchmarks.paper import data, experiment
 from benchmarks.paper.experiment import Claim, Curves
-from benchmarks.paper.networks import ResNet20
 from benchmarks.paper.pictures import Line, Panel
 
 CLAIM = Claim(
@@ -60,11 +59,10 @@ def bars(curves: Curves, sparsities: list[float]) -> list[dict]:
 
 
 def measure(options: argparse.Namespace, curves: Curves) -> None:
-    model = data.load_weights(ResNet20(), options.data, "resnet20_cifar10_woodfisher.safetensors")
-    layout = experiment.layout_of(model, ResNet20.prunable())
-    sizes = [stop - start for start, stop in layout.parameter_ranges.values()]
     for seed in range(options.seeds):
-        train, test = data.cifar10(options.data, options.samples, seed)
+        model, targets, train, test = data.load("resnet20", options.data, options.samples, seed)
+        layout = experiment.layout_of(model, targets)
+        sizes = [stop - start for start, stop in layout.parameter_ranges.values()]
         started = time.perf_counter()
         grads = experiment.gradients(model, layout, train, options.grad_batch_size)
         curves.spent("gradients", started)
