@@ -316,9 +316,7 @@ def _name(place: Place, axes: Axes) -> str:
     """How a column is headed: 80%, 2,000, 0.001, or the word itself."""
     if isinstance(place, str):
         return place
-    if axes.x == "sparsity":
-        return f"{100 * place:.3g}%"
-    return f"{place:,.0f}" if place >= 1_000 else f"{place:.3g}"
+    return f"{100 * place:.3g}%" if axes.x == "sparsity" else pictures.short(place)
 
 
 def write_csv(path: Path, curves: Curves, axes: Axes) -> None:

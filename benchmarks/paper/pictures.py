@@ -56,6 +56,11 @@ class Axes:
     legend: str = "best"
 
 
+def short(number: float) -> str:
+    """2,000, 12.5, 0.001."""
+    return f"{number:,.0f}" if number >= 1_000 else f"{number:.3g}"
+
+
 @contextmanager
 def _figure(path: Path, rows: int, columns: int, size: tuple[float, float], title: str) -> Iterator[Any]:
     """The grid of axes of a new figure, which is saved in the end."""
@@ -108,11 +113,7 @@ def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
         axis.set_xscale("log")
     if "y" in axes.logarithmic:
         axis.set_yscale("log")
-    labels = (
-        [str(place) for place in places]
-        if words
-        else [f"{tick:,.0f}" if tick >= 1000 else f"{tick:.3g}" for tick in ticks]
-    )
+    labels = [str(place) for place in places] if words else [short(tick) for tick in ticks]
     axis.set_xticks(ticks, labels, fontsize=8)
     axis.minorticks_off()
     axis.set_xlabel(axes.x_label)
