@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import torch
+from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -176,3 +177,4 @@ def matrices(path: Path, rows: Mapping[str, Mapping[str, Tensor]], title: str) -
                 if i == 0 or list(row) != list(next(iter(rows.values()))):
                     axis.set_title(column, fontsize=9)
             axes[0].set_ylabel(name, fontsize=9)
+    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)  # a third of the bytes

@@ -89,14 +89,13 @@ def measure(
     ff.prune(model, loader, **settings)
     curves.spent(line.label, started)
     found = [experiment.accuracy(model, test)]
-    ff.reestimate_batchnorm(model, loader)
-    found.append(experiment.accuracy(model, test))
-    for label, value in zip((line.label, f"{line.label}, BatchNorm"), found, strict=True):
-        curves.add(label, settings["sparsity"], value)
-    print(
-        f"seed {settings['seed']}, {settings['sparsity']:.0%}, {line.label}: {found[0]:.1f} / {found[1]:.1f}",
-        flush=True,
-    )
+    curves.add(line.label, settings["sparsity"], found[0])
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        ff.reestimate_batchnorm(model, loader)
+        found.append(experiment.accuracy(model, test))
+        curves.add(f"{line.label}, BatchNorm", settings["sparsity"], found[1])
+    values = " / ".join(f"{value:.1f}" for value in found)
+    print(f"seed {settings['seed']}, {settings['sparsity']:.0%}, {line.label}: {values}", flush=True)
 
 
 def bars(network: Network, curves: Curves, sparsities: list[float]) -> list[dict]:
