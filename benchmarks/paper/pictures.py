@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import torch
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
 
@@ -69,7 +71,7 @@ def _figure(path: Path, rows: int, columns: int, size: tuple[float, float], titl
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(textwrap.fill(title, int(11 * size[0])), fontsize=12)
     yield axes
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -82,11 +84,13 @@ def _bare(axis: Any) -> None:
 
 def lines(path: Path, curves: Curves, panels: Sequence[Panel], axes: Axes, title: str) -> None:
     """Values over x, a line for each method; bands are one standard deviation over the seeds."""
-    size = (6.3 * len(panels) + 0.4, 5.0)
-    with _figure(path, 1, len(panels), size, title) as grid:
-        for axis, panel in zip(grid[0], panels, strict=True):
+    columns = len(panels) if len(panels) < 4 else 2
+    rows = -(-len(panels) // columns)
+    with _figure(path, rows, columns, (6.3 * columns + 0.4, 4.8 * rows + 0.2), title) as grid:
+        for axis, panel in zip(grid.flat, panels, strict=True):
             draw_panel(axis, curves, panel, axes)
-        grid[0][0].set_ylabel(axes.y_label)
+        for row in grid:
+            row[0].set_ylabel(axes.y_label)
 
 
 def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
@@ -114,6 +118,8 @@ def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
         axis.set_xscale("log")
     if "y" in axes.logarithmic:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda value, _: short(value))
     labels = [str(place) for place in places] if words else [short(tick) for tick in ticks]
     axis.set_xticks(ticks, labels, fontsize=8)
     axis.minorticks_off()
@@ -140,10 +146,10 @@ def bars(path: Path, curves: Curves, panels: Sequence[Panel], axes: Axes, title:
                 colour = COLOURS[i if line.colour is None else line.colour]
                 axis.bar(middle, mean, width, yerr=band, color=colour, label=line.label, capsize=2)
                 if len(places) <= 6:
-                    for at, value in zip(middle, mean, strict=True):
+                    for at, value, deviation in zip(middle, mean, band, strict=True):
                         axis.annotate(
                             f"{value:.1f}",
-                            (at, value),
+                            (at, value + deviation),
                             (0, 4),
                             textcoords="offset points",
                             ha="center",
