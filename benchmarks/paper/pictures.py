@@ -118,7 +118,7 @@ def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
         axis.set_xscale("log")
     if "y" in axes.logarithmic:
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axis.yaxis.set_major_formatter(lambda value, _: short(value))
     labels = [str(place) for place in places] if words else [short(tick) for tick in ticks]
     axis.set_xticks(ticks, labels, fontsize=8)
