@@ -107,7 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
         f"({experiment.count(options.seeds, 'seed')}, {options.samples:,} samples)"
     )
     claim = Claim(network.figure, CLAIM)
-    panels = [Panel("one shot", LINES, (0, 105))]
+    words = (
+        "one shot" if options.network == "mlpnet" else "one shot; above the bars: WoodFisher minus magnitude"
+    )
+    panels = [Panel(words, LINES, (0, 105))]
     experiment.report(
         options,
         curves,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#4b5563", "#e08e1b", "#d1495b", "#1f77b4", "#2a9d6f", "#7b4fa3", "#9aa0a6", "#8c5a3c")
 
+FEW = 6  # groups of bars that have room for the value of each
+
 
 @dataclass(frozen=True)
 class Line:
@@ -77,6 +79,10 @@ def _figure(path: Path, rows: int, columns: int, size: tuple[float, float], titl
     pyplot.close(figure)
 
 
+def _above(axis: Any, x: float, y: float, text: str) -> None:
+    axis.annotate(text, (x, y), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+
+
 def _bare(axis: Any) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
@@ -132,7 +138,10 @@ def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
 
 
 def bars(path: Path, curves: Curves, panels: Sequence[Panel], axes: Axes, title: str) -> None:
-    """Values as groups of bars, one group for each word on the x axis; whiskers are one standard deviation."""
+    """Values as groups of bars, one group for each word on the x axis; whiskers are one standard deviation.
+
+    Above a few bars stand their values; above many, what the last line of a group is more than the first.
+    """
     places = curves.places([line for panel in panels for line in panel.lines])
     size = (max(6.3, 0.7 * len(places) + 1) * len(panels), 4.6)
     with _figure(path, 1, len(panels), size, title) as grid:
@@ -145,19 +154,17 @@ def bars(path: Path, curves: Curves, panels: Sequence[Panel], axes: Axes, title:
                 band = [curves.deviation(line.label, place) for place in places]
                 colour = COLOURS[i if line.colour is None else line.colour]
                 axis.bar(middle, mean, width, yerr=band, color=colour, label=line.label, capsize=2)
-                if len(places) <= 6:
+                if len(places) <= FEW:
                     for at, value, deviation in zip(middle, mean, band, strict=True):
-                        axis.annotate(
-                            f"{value:.1f}",
-                            (at, value + deviation),
-                            (0, 4),
-                            textcoords="offset points",
-                            ha="center",
-                            fontsize=8,
-                        )
-            turned = {"rotation": 40, "ha": "right"} if len(places) > 6 else {}
+                        _above(axis, at, value + deviation, f"{value:.1f}")
+            if len(places) > FEW:
+                for at, place in enumerate(places):
+                    first, *_, last = (curves.mean(line.label, place) for line in panel.lines)
+                    _above(axis, at, max(first, last), f"{last - first:+.1f}")
+            turned = {"rotation": 40, "ha": "right"} if len(places) > FEW else {}
             axis.set_xticks(range(len(places)), [str(place) for place in places], fontsize=8, **turned)
             axis.set_ylim(panel.range)
+            axis.margins(x=0.01)
             axis.grid(alpha=0.25, axis="y")
             axis.set_axisbelow(True)
             axis.set_title(panel.title, fontsize=10, loc="left")
