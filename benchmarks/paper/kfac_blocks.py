@@ -34,7 +34,7 @@ METHODS = ("K-FAC", "WoodFisher")
 DAMPINGS = (1e-5, 1e-3, 1e-1)
 SHOWN = ("block", "inverse, λ = 0.001")  # as heat maps
 KINDS = ("block", *(f"inverse, λ = {damping:g}" for damping in DAMPINGS))
-JUDGED = 2_000
+JUDGED = 2_000  # images behind bars and heat maps, or the largest count where this one is not asked for
 AXES = Axes("images", "relative_error", "images", "relative error, Frobenius norm", 1, logarithmic="xy")
 
 
@@ -87,16 +87,25 @@ def measure(options: argparse.Namespace, curves: Curves) -> dict[str, dict[str, 
                     for kind in KINDS:
                         label = f"{layer}, {kind}: {method}"
                         curves.add(label, count, float((found[kind] - true[kind]).norm() / true[kind].norm()))
-                        if seed == 0 and layer == LAYERS[0] and kind in SHOWN and count == JUDGED:
+                        if (
+                            seed == 0
+                            and layer == LAYERS[0]
+                            and kind in SHOWN
+                            and count == judged(options.samples)
+                        ):
                             maps.setdefault(kind, {"true": true[kind]})[method] = found[kind]
             curves.spent("matrices", started)
         print(f"seed {seed} done", flush=True)
     return maps
 
 
+def judged(samples: list[int]) -> int:
+    return JUDGED if JUDGED in samples else max(samples)
+
+
 def bars(curves: Curves, samples: list[int]) -> list[dict]:
     """Errors of WoodFisher over those of K-FAC, from the same images."""
-    count = JUDGED if JUDGED in samples else max(samples)
+    count = judged(samples)
     return [
         experiment.at_most(
             f"{layer}, {kind}: error of WoodFisher over that of K-FAC, {count:,} images",
@@ -134,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     def picture(path: Path, title: str) -> None:
         pictures.lines(path, curves, panels, AXES, title)
         if maps:
-            shown = f"fc3 of MLPNET, one network, {JUDGED:,} images: colours up to ± the number below"
+            shown = f"fc3 of MLPNET, one network, {judged(options.samples):,} images: colours up to ± the number below"
             pictures.matrices(path.with_stem(f"{path.stem}_matrices"), maps, shown)
 
     title = f"K-FAC and WoodFisher against the true Fisher block ({networks})"
