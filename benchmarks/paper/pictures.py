@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
-import torch
+import numpy as np
 from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
@@ -107,14 +107,10 @@ def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
     words = any(isinstance(place, str) for place in places)
     ticks = list(range(len(places))) if words else [axes.scale * float(place) for place in places]
     for index, line in enumerate(panel.lines):
-        known = [
-            (tick, place)
-            for tick, place in zip(ticks, places, strict=True)
-            if (line.label, place) in curves.values
-        ]
-        x = [tick for tick, _ in known]
-        mean = torch.tensor([curves.mean(line.label, place) for _, place in known])
-        band = torch.tensor([curves.deviation(line.label, place) for _, place in known])
+        known = [i for i, place in enumerate(places) if (line.label, place) in curves.values]
+        x = [ticks[i] for i in known]
+        mean = np.array([curves.mean(line.label, places[i]) for i in known])
+        band = np.array([curves.deviation(line.label, places[i]) for i in known])
         style = line.style or ("--" if line.fisher is None else "-." if line.scope == "layer" else "-")
         colour = COLOURS[(index if line.colour is None else line.colour) % len(COLOURS)]
         marker = "^" if line.scope == "layer" else "o"
@@ -183,7 +179,7 @@ def matrices(path: Path, rows: Mapping[str, Mapping[str, Tensor]], title: str) -
         for i, (axes, (name, row)) in enumerate(zip(grid, rows.items(), strict=True)):
             for axis, (column, matrix) in zip(axes, row.items(), strict=True):
                 limit = float(matrix.double().abs().flatten().quantile(0.995)) or 1.0
-                axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+                axis.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
                 axis.set_xticks([])
                 axis.set_yticks([])
                 axis.set_xlabel(f"± {limit:.1e}", fontsize=7, labelpad=2)
