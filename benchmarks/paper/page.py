@@ -25,7 +25,8 @@ HEAD = """\
 
 Figures and tables are those of WoodFisher (Singh & Alistarh, 2020).  Every bar was fixed before the first run, and no
 setting was chosen by test images.  A claim is held where its numbers clear every bar below it.  Numbers are
-mean ± standard deviation over the seeds.  `make paper` runs every command and writes this page.
+mean ± standard deviation over the seeds.  `make paper` runs every command but those with `--full` and
+writes this page.
 
 What the paper calls joint, one ranking of the weights of all layers, is global here; *sum* and *joint* are updates of
 what stays: the paper's, and the exact one for all removed weights of a block together.

@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         "woodtaylor_ablation",
         __doc__.split("\n")[0],
         SPARSITIES,
-        [250, 1_000, 4_000],
+        [250, 1_000, 2_000],
         seeds=3,
         full={"samples": [250, 1_000, 4_000, 8_000]},
     )
