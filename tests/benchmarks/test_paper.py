@@ -319,6 +319,12 @@ def test_page_shows_every_result_and_rendering_changes_no_number(folder: Path, t
     assert again == record
 
 
+def test_committed_page_is_the_one_of_the_committed_results() -> None:
+    assert page.PAGE.read_text() == page.page(experiment.RESULTS, "../benchmarks/results/paper")
+    pictures = {path.name for path in experiment.RESULTS.glob("*.png")}
+    assert pictures == {name for record in page.load(experiment.RESULTS) for name in record["pictures"]}
+
+
 def test_page_names_results_without_a_claim(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("{}")
     with pytest.raises(SystemExit, match="old hold no claim: run their command with --render"):
