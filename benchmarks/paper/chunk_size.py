@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     curves = experiment.start(options)
     if not options.render:
         measure(options, curves)
-    panels = [Panel(words, [magnitude(scope), *ours(scope)], (0, 95)) for scope, words in SCOPES.items()]
+    panels = [Panel(words, [magnitude(scope), *ours(scope)], (15, 95)) for scope, words in SCOPES.items()]
     title = (
         f"Size of the Fisher blocks, ResNet-20 on CIFAR-10 ({experiment.count(options.seeds, 'draw')} of "
         f"{options.samples:,} samples)"
