@@ -294,14 +294,14 @@ def table(curves: Curves, axes: Axes = ACCURACY) -> str:
     """Mean and deviation for every line and place, as markdown; words on the x axis make the rows."""
     labels = curves.labels()
     places = curves.places([Line(label) for label in labels])
-    digits = ".1f" if axes.y.endswith("percent") else ".3g"
+    digits, fewer = (".1f", ".1f") if axes.y.endswith("percent") else (".3g", ".2g")
 
     def cell(label: str, place: Place) -> str:
         if (label, place) not in curves.values:
             return "–"
         mean, deviation = curves.mean(label, place), curves.deviation(label, place)
         several = len(curves.values[label, place]) > 1
-        return f"{mean:{digits}} ± {deviation:{digits}}" if several else f"{mean:{digits}}"
+        return f"{mean:{digits}} ± {deviation:{fewer}}" if several else f"{mean:{digits}}"
 
     names = [_name(place, axes) for place in places]
     if any(isinstance(place, str) for place in places):
