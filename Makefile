@@ -3,7 +3,7 @@
 #   make test           lint and all tests
 #   make lint           ruff, clang-format, mypy
 #   make bench          time the kernels against two rivals
-#   make paper          the published experiments and docs/paper.md, in half an hour; FASTFISHER_DATA: folder of data
+#   make paper          the published experiments and docs/paper.md, in an hour; FASTFISHER_DATA: folder of data
 #   make bench-gpu      the same on a GPU; with RESULTS=folder, and COMMIT=hash for a copy of the sources without git
 #   make test-gpu       build in place; the ops on a GPU, and its checkers on the CUDA kernels
 #   make test-sanitize  C++ tests and fuzzing under address and undefined-behaviour sanitizers
