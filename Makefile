@@ -3,6 +3,7 @@
 #   make test           lint and all tests
 #   make lint           ruff, clang-format, mypy
 #   make bench          time the kernels against two rivals
+#   make paper          the published experiments and docs/paper.md, in an hour; FASTFISHER_DATA: folder of data
 #   make bench-gpu      the same on a GPU; with RESULTS=folder, and COMMIT=hash for a copy of the sources without git
 #   make test-gpu       build in place; the ops on a GPU, and its checkers on the CUDA kernels
 #   make test-sanitize  C++ tests and fuzzing under address and undefined-behaviour sanitizers
@@ -21,7 +22,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench test-gpu bench-gpu test-sanitize build clean
+.PHONY: demo test lint bench paper test-gpu bench-gpu test-sanitize build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -41,6 +42,10 @@ lint: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(BUILD)
 	$(BIN)/python -m benchmarks.run
+
+paper: $(VENV)/test.stamp
+	$(BUILD)
+	$(BIN)/python -m benchmarks.paper
 
 # A machine with a GPU has its own torch and perhaps no network, so nothing is installed.
 test-gpu bench-gpu: GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

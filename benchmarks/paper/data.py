@@ -3,6 +3,7 @@
 The folder holds (uint8 pixels everywhere):
     mnist.npz                                  x_train [60000, 28, 28], y_train, x_test [10000, 28, 28], y_test
     mlpnet/full_ep25_seed<s>.safetensors       a trained MLPNet for each seed
+    mlpnet/full_ep2_seed<s>.safetensors        the same after two epochs only
     cifar10_train_1..4.webp                    training images in order, 10,000 a file, tiled 100 to a row, lossless
     cifar10_test_first1000.webp                the first 1,000 test images, tiled 40 to a row
     cifar10_labels.npz                         y_train, y_test_first1000
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.machine import ROOT
+from benchmarks.paper.networks import MLPNet, ResNet20
 
 VARIABLE = "FASTFISHER_DATA"
 
@@ -87,3 +89,18 @@ def load_weights(model: nn.Module, folder: Path, name: str) -> nn.Module:
     """Read a checkpoint into the model, and return it in eval mode."""
     model.load_state_dict(load_file(_file(folder, name)))
     return model.eval()
+
+
+def load(
+    network: str, folder: Path, num_samples: int, seed: int
+) -> tuple[nn.Module, list[str], Split, Split]:
+    """A trained network by its name, the names of its weights to prune, and training and test images of one seed.
+
+    network: resnet20 (one for all seeds), mlpnet or mlpnet_ep2.
+    """
+    if network == "resnet20":
+        model = load_weights(ResNet20(), folder, "resnet20_cifar10_woodfisher.safetensors")
+        return model, ResNet20.prunable(), *cifar10(folder, num_samples, seed)
+    kind = {"mlpnet": "full_ep25", "mlpnet_ep2": "full_ep2"}[network]
+    model = load_weights(MLPNet(), folder, f"mlpnet/{kind}_seed{seed}.safetensors")
+    return model, [name for name, _ in model.named_parameters()], *mnist(folder, num_samples, seed)

@@ -10,6 +10,7 @@ Writes recomputed_<network>.csv, .png and .json.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from torch import nn
 
 import fastfisher as ff
 from benchmarks.paper import data, experiment
-from benchmarks.paper.experiment import Curves, Line, Panel
-from benchmarks.paper.networks import MLPNet, ResNet20
+from benchmarks.paper.experiment import Claim, Curves
+from benchmarks.paper.pictures import Line, Panel
 
 DAMPINGS = (0.01, 0.1, 1.0)
 MAGNITUDE = Line("magnitude", "global")
@@ -41,28 +42,41 @@ class Network:
     block_size: int
     sparsities: tuple[float, ...]
     bars: dict[float, float]
+    claim: str
     above_dense: bool = False  # the bars count from the accuracy of the dense network, at the best sparsity
 
 
 NETWORKS = {
     "resnet20": Network(
-        "ResNet-20 on CIFAR-10", 1_000, 750, 128, (0.7, 0.8, 0.9), {0.7: 88.5, 0.8: 84.0, 0.9: 68.0}
+        "ResNet-20 on CIFAR-10",
+        1_000,
+        750,
+        128,
+        (0.7, 0.8, 0.9),
+        {0.7: 88.5, 0.8: 84.0, 0.9: 68.0},
+        "Asked for here: one call with recomputations keeps 88.5, 84 and 68 % at 70, 80 and 90 % sparsity.",
     ),
-    "mlpnet": Network("MLPNET on MNIST", 8_000, 1_000, 64, (0.8, 0.9, 0.95), {0.95: 88.0}),
+    "mlpnet": Network(
+        "MLPNET on MNIST",
+        8_000,
+        1_000,
+        64,
+        (0.8, 0.9, 0.95),
+        {0.95: 88.0},
+        "Asked for here: one call with recomputations stays within a point of dense at 90 % sparsity and keeps 88 % at "
+        "95 %.",
+    ),
     "mlpnet_ep2": Network(
-        "MLPNET on MNIST, trained for two epochs", 8_000, 1_000, 64, (0.5, 0.6, 0.7, 0.8), {0.8: 4.0}, True
+        "MLPNET on MNIST, trained for two epochs",
+        8_000,
+        1_000,
+        64,
+        (0.5, 0.6, 0.7, 0.8),
+        {0.8: 4.0},
+        "Asked for here: WoodTaylor with recomputations ends at least 4 points above the dense network.",
+        True,
     ),
 }
-
-
-def load(name: str, options: Any, seed: int) -> tuple[nn.Module, data.Split, data.Split]:
-    """The dense network, training images and test images of one seed."""
-    if name == "resnet20":
-        model = data.load_weights(ResNet20(), options.data, "resnet20_cifar10_woodfisher.safetensors")
-        return model, *data.cifar10(options.data, options.samples, seed)
-    kind = "full_ep2" if name == "mlpnet_ep2" else "full_ep25"
-    model = data.load_weights(MLPNet(), options.data, f"mlpnet/{kind}_seed{seed}.safetensors")
-    return model, *data.mnist(options.data, options.samples, seed)
 
 
 def measure(
@@ -75,14 +89,13 @@ def measure(
     ff.prune(model, loader, **settings)
     curves.spent(line.label, started)
     found = [experiment.accuracy(model, test)]
-    ff.reestimate_batchnorm(model, loader)
-    found.append(experiment.accuracy(model, test))
-    for label, value in zip((line.label, f"{line.label}, BatchNorm"), found, strict=True):
-        curves.accuracy.setdefault((label, settings["sparsity"]), []).append(value)
-    print(
-        f"seed {settings['seed']}, {settings['sparsity']:.0%}, {line.label}: {found[0]:.1f} / {found[1]:.1f}",
-        flush=True,
-    )
+    curves.add(line.label, settings["sparsity"], found[0])
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        ff.reestimate_batchnorm(model, loader)
+        found.append(experiment.accuracy(model, test))
+        curves.add(f"{line.label}, BatchNorm", settings["sparsity"], found[1])
+    values = " / ".join(f"{value:.1f}" for value in found)
+    print(f"seed {settings['seed']}, {settings['sparsity']:.0%}, {line.label}: {values}", flush=True)
 
 
 def bars(network: Network, curves: Curves, sparsities: list[float]) -> list[dict]:
@@ -103,30 +116,14 @@ def bars(network: Network, curves: Curves, sparsities: list[float]) -> list[dict
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = experiment.parser("recomputed", __doc__.split("\n")[0], (), 0, seeds=3)
-    parser.add_argument("network", choices=NETWORKS)
-    parser.add_argument("--num-grads", type=int, help="gradients in one estimate")
-    data.add_argument(parser)
-    options = parser.parse_args(arguments)
-    network = NETWORKS[options.network]
-    options.defaults = {key: parser.get_default(key) for key in vars(options)} | {
-        "name": f"recomputed {options.network}",
-        "network": options.network,
-        "samples": network.samples,
-        "num_grads": network.num_grads,
-        "sparsities": list(network.sparsities),
-    }
-    for key in ("samples", "num_grads", "sparsities"):
-        setattr(options, key, getattr(options, key) or options.defaults[key])
-    options.name = f"recomputed_{options.network}"
-    curves, chosen = Curves(), {}
+def measure_all(options: argparse.Namespace, network: Network, curves: Curves) -> None:
+    """Every method, sparsity and seed; leaves the dampings that were chosen in the options."""
+    chosen: dict[tuple[str, float], dict[str, Any]] = {}
     for seed in range(options.seeds):
-        dense, train, test = load(options.network, options, seed)
+        dense, targets, train, test = data.load(options.network, options.data, options.samples, seed)
         loader = list(zip(train.images.split(100), train.labels.split(100), strict=True))
-        targets = ResNet20.prunable() if options.network == "resnet20" else None
         problem = (dense, loader, test)
-        curves.accuracy.setdefault(("dense", 0.0), []).append(experiment.accuracy(dense, test))
+        curves.add("dense", 0.0, experiment.accuracy(dense, test))
 
         for sparsity in options.sparsities:
             estimate = {"num_grads": options.num_grads, "block_size": network.block_size}
@@ -149,18 +146,41 @@ def main(arguments: list[str] | None = None) -> None:
                     curves.spent("tune", started)
                     chosen[method, sparsity] = tuning.best
                 measure(curves, line, problem, common | {"method": method} | chosen[method, sparsity])
-    lines = [MAGNITUDE, ONE_STEP, *RECOMPUTED.values()]
-    panels = [Panel(f"{options.num_grads} gradients an estimate, {options.seeds} seeds", lines)]
     options.chosen = {f"{m} {s:g}": settings["damping"] for (m, s), settings in chosen.items()}
     options.defaults["chosen"] = options.chosen
-    keys = ("network", "samples", "num_grads", "seeds", "sparsities", "chosen")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = experiment.parser("recomputed", __doc__.split("\n")[0], (0.0,), 0, seeds=3)
+    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("--num-grads", type=int, help="gradients in one estimate")
+    options = experiment.read(parser, arguments)
+    network = NETWORKS[options.network]
+    experiment.fill(
+        options,
+        f"recomputed {options.network}",
+        samples=network.samples,
+        num_grads=network.num_grads,
+        sparsities=list(network.sparsities),
+    )
+    curves = experiment.start(options)
+    if not options.render:
+        measure_all(options, network, curves)
+    counts = f"{experiment.count(options.num_grads, 'gradient')} an estimate"
+    panels = [
+        Panel(
+            f"{counts}, {experiment.count(options.seeds, 'seed')}",
+            [MAGNITUDE, ONE_STEP, *RECOMPUTED.values()],
+        )
+    ]
     experiment.report(
         options,
         curves,
-        panels,
+        experiment.lines(curves, panels),
         bars(network, curves, options.sparsities),
         f"{network.title}, without retraining",
-        keys,
+        Claim("beyond the paper", network.claim),
+        keys=("network", "samples", "num_grads", "seeds", "sparsities", "chosen"),
     )
 
 

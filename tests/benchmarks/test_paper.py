@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,27 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.paper import data, experiment, mlpnet_mnist, recomputed, resnet20_cifar10
+from benchmarks.paper import (
+    __main__ as everything,
+)
+from benchmarks.paper import (
+    chunk_size,
+    data,
+    experiment,
+    hessian_fisher,
+    kfac_blocks,
+    layers,
+    mlpnet_mnist,
+    page,
+    quadratic_model,
+    recomputed,
+    resnet20_cifar10,
+    woodtaylor,
+    woodtaylor_ablation,
+)
+from benchmarks.paper.experiment import Curves
 from benchmarks.paper.networks import MLPNet, ResNet20
+from benchmarks.paper.pictures import Axes
 
 
 def _tiles(path: Path, count: int, columns: int, seed: int) -> np.ndarray:
@@ -46,7 +66,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(made / "mnist.npz", **arrays)
     (made / "mlpnet").mkdir()
     for seed in range(2):
-        _save(MLPNet(), made / "mlpnet" / f"full_ep25_seed{seed}.safetensors")
+        for kind in ("full_ep2", "full_ep25"):
+            _save(MLPNet(), made / "mlpnet" / f"{kind}_seed{seed}.safetensors")
     for i in range(1, 5):
         _tiles(made / f"cifar10_train_{i}.webp", 8, 4, i)
     _tiles(made / "cifar10_test_first1000.webp", 8, 4, 5)
@@ -92,6 +113,7 @@ def _check_files(out: Path, name: str, sparsities: list[float], seeds: int, comm
     record = json.loads((out / f"{name}.json").read_text())
     assert record["command"].startswith(command)
     assert record["machine"]["cpu"]
+    assert record["held"] == experiment.verdict(record["bars"])
     return record
 
 
@@ -140,6 +162,123 @@ def test_recomputed_experiment_runs(folder: Path, tmp_path: Path, monkeypatch: p
     }
 
 
+def _run(main: Callable[[list[str]], None], folder: Path, out: Path, arguments: str) -> tuple[Curves, dict]:
+    """One of the experiments with two seeds; its numbers and its record."""
+    main([*arguments.split(), "--data", str(folder), "--out", str(out), "--seeds", "2"])
+    (path,) = out.glob("*.json")
+    record = json.loads(path.read_text())
+    curves = experiment.read_csv(path.with_suffix(".csv"), Axes(**record["axes"]))
+    assert all(len(values) == 2 for values in curves.values.values())
+    assert all(np.isfinite(values).all() for values in curves.values.values())
+    assert all(Image.open(out / picture).width > 500 for picture in record["pictures"])
+    assert record["held"] == experiment.verdict(record["bars"])
+    assert record["command"].startswith("python -m benchmarks.paper.")
+    return curves, record
+
+
+def test_hessian_is_near_the_fisher_of_an_untrained_network(folder: Path, tmp_path: Path) -> None:
+    curves, record = _run(hessian_fisher.main, folder, tmp_path, "--samples 12 --epochs 0 1")
+    assert len(record["bars"]) == 3
+    assert len(record["pictures"]) == 2
+    for (label, _), values in curves.values.items():
+        assert "norm" in label or all(-1 <= value <= 1 for value in values)
+
+
+def test_hessian_and_fisher_blocks_against_all_pairs_of_derivatives(folder: Path) -> None:
+    torch.manual_seed(0)
+    model = MLPNet().double()
+    samples = data.Split(torch.randn(5, 1, 28, 28, dtype=torch.float64), torch.arange(5))
+    index = torch.tensor([0, 3, 50, 199])
+    found, fisher = hessian_fisher.matrices(model, samples, "fc3.weight", index)
+    weight = model.fc3.weight
+    losses = nn.functional.cross_entropy(model(samples.images), samples.labels, reduction="none")
+    (slope,) = torch.autograd.grad(losses.mean(), weight, create_graph=True)
+    rows = [
+        torch.autograd.grad(slope.flatten()[i], weight, retain_graph=True)[0].flatten()[index] for i in index
+    ]
+    assert torch.allclose(found, torch.stack(rows), rtol=1e-6, atol=1e-12)
+    grads = torch.stack(
+        [torch.autograd.grad(loss, weight, retain_graph=True)[0].flatten()[index] for loss in losses]
+    )
+    assert torch.allclose(fisher, grads.T @ grads / 5, rtol=1e-5)
+
+
+def test_quadratic_model_is_a_parabola(folder: Path, tmp_path: Path) -> None:
+    curves, record = _run(quadratic_model.main, folder, tmp_path, "--samples 12 --sparsities 0.5")
+    assert len(record["bars"]) == 3
+    label = "WoodFisher, 50%, model"
+    assert curves.mean(label, 0.5) == pytest.approx(curves.mean(label, 1.0) / 4, rel=1e-3)
+    assert curves.mean("magnitude, 50%, real", 0.0) == pytest.approx(0, abs=1e-9)
+
+
+def test_kfac_is_exact_for_one_image(folder: Path, tmp_path: Path) -> None:
+    curves, record = _run(kfac_blocks.main, folder, tmp_path, "--samples 4 12 --reference 20")
+    assert len(record["bars"]) == 8
+    assert len(curves.values) == 2 * 4 * 2 * 2
+    a, g = torch.randn(1, 3, dtype=torch.float64), torch.randn(1, 2, dtype=torch.float64)
+    found = kfac_blocks.matrices(a, g)
+    for kind in kfac_blocks.KINDS:
+        assert torch.allclose(found["K-FAC"][kind], found["WoodFisher"][kind])
+
+
+@pytest.mark.parametrize(("network", "figure"), [("mlpnet", "table 4.1"), ("resnet20", "fig. 4.7")])
+def test_sparsities_of_the_layers_add_up(folder: Path, tmp_path: Path, network: str, figure: str) -> None:
+    curves, record = _run(layers.main, folder, tmp_path, f"{network} --samples 8")
+    assert record["figure"] == figure
+    model, names, _, _ = data.load(network, folder, 8, 0)
+    sizes = {name.removesuffix(".weight"): model.get_parameter(name).numel() for name in names}
+    for label in curves.labels():
+        zeros = sum(curves.values[label, name][0] * size / 100 for name, size in sizes.items())
+        assert zeros / sum(sizes.values()) == pytest.approx(record["settings"]["sparsity"], abs=1e-4)
+
+
+def test_chunk_size_experiment_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_size, "SIZES", (20, 5_000, 37_000))
+    monkeypatch.setattr(chunk_size, "PLACES", (1, 2, 3))
+    curves, record = _run(chunk_size.main, folder, tmp_path, "--samples 8 --sparsities 0.6")
+    assert len(record["bars"]) == 4
+    assert len(curves.values) == 1 + 2 * (1 + 3)
+
+
+def test_woodtaylor_experiments_run(folder: Path, tmp_path: Path) -> None:
+    _, record = _run(woodtaylor.main, folder, tmp_path / "mlpnet", "mlpnet --samples 12 --sparsities 0.5 0.9")
+    assert record["figure"] == "fig. 5.1"
+    assert len(record["bars"]) == 3
+    _, record = _run(woodtaylor.main, folder, tmp_path / "resnet20", "resnet20 --full --sparsities 0.5")
+    assert (
+        record["command"]
+        == "python -m benchmarks.paper.woodtaylor resnet20 --full --seeds 2 --sparsities 0.5"
+    )
+    assert record["settings"]["samples"] == woodtaylor.NETWORKS["resnet20"].full
+    assert (tmp_path / "resnet20" / "woodtaylor_resnet20_full.csv").exists()
+
+
+def test_woodtaylor_starts_from_the_newton_step(folder: Path) -> None:
+    model, names, train, _ = data.load("mlpnet_ep2", folder, 6, 0)
+    layout = experiment.layout_of(model, names[-1:])
+    weight, grads = experiment.weights_of(model, layout), experiment.gradients(model, layout, train)
+    found = experiment.pruned(
+        weight, layout, {"taylor": experiment.woodtaylor(grads, layout, 0.1)}, woodtaylor.TAYLOR, 0.0
+    )
+    g = grads.double()
+    fisher = g.T @ g / 6 + 0.1 * torch.eye(200, dtype=torch.float64)
+    assert torch.allclose(found.double(), weight - torch.linalg.solve(fisher, g.mean(0)), atol=1e-6)
+
+
+def test_woodtaylor_ablation_runs(folder: Path, tmp_path: Path) -> None:
+    arguments = "--samples 6 12 --dampings 0.01 0.1 --sparsities 0.5"
+    curves, record = _run(woodtaylor_ablation.main, folder, tmp_path, arguments)
+    assert len(record["bars"]) == 2
+    assert len(curves.values) == 1 + 2 * 2
+
+
+def test_every_experiment_is_run_by_make_paper() -> None:
+    scripts = {path.stem for path in Path(everything.__file__).parent.glob("*.py")}
+    helpers = {"__init__", "__main__", "data", "experiment", "networks", "pictures"}
+    assert {command.split()[0] for command in everything.COMMANDS} == scripts - helpers
+    assert everything.COMMANDS[-1] == "page"
+
+
 def test_pruning_for_the_table_leaves_the_model_as_it_was() -> None:
     torch.manual_seed(1)
     model = MLPNet().eval()
@@ -151,4 +290,50 @@ def test_pruning_for_the_table_leaves_the_model_as_it_was() -> None:
     curves = experiment.Curves()
     experiment.prune_all(curves, model, layout, {}, [experiment.Line("magnitude", "global")], [0.5], split)
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
-    assert len(curves.accuracy["magnitude", 0.5]) == 1
+    assert len(curves.values["magnitude", 0.5]) == 1
+
+
+def test_page_shows_every_result_and_rendering_changes_no_number(folder: Path, tmp_path: Path) -> None:
+    results, written = tmp_path / "results", tmp_path / "docs" / "paper.md"
+    arguments = ["--out", str(results), "--data", str(folder), "--name", "small"]
+    mlpnet_mnist.main([*arguments, "--samples", "12", "--seeds", "2", "--sparsities", "0.5", "0.8"])
+    page.main(["--results", str(results), "--page", str(written)])
+    text = written.read_text()
+    record = json.loads((results / "small.json").read_text())
+    assert f"Claim: {record['claim']}" in text
+    assert f"Held: **{record['held']}**" in text
+    assert f"![{record['title']}](../results/small.png)" in text
+    assert f"`{record['command']}`" in text
+    (first,) = [line for line in text.splitlines() if line.startswith("| magnitude, global")]
+    curves = experiment.read_csv(results / "small.csv", experiment.ACCURACY)
+    mean = np.mean(curves.values["magnitude, global", 0.5])
+    deviation = np.std(curves.values["magnitude, global", 0.5], ddof=1)
+    assert f" {mean:.1f} ± {deviation:.1f} |" in first
+    (heading,) = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert f"(#{page.anchor(heading)})" in text
+
+    before = (results / "small.csv").read_text()
+    mlpnet_mnist.main([*arguments, "--render"])
+    again = json.loads((results / "small.json").read_text())
+    assert (results / "small.csv").read_text() == before
+    assert again == record
+
+
+def test_committed_page_is_the_one_of_the_committed_results() -> None:
+    assert page.PAGE.read_text() == page.page(experiment.RESULTS, "../benchmarks/results/paper")
+    pictures = {path.name for path in experiment.RESULTS.glob("*.png")}
+    assert pictures == {name for record in page.load(experiment.RESULTS) for name in record["pictures"]}
+
+
+def test_page_names_results_without_a_claim(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("{}")
+    with pytest.raises(SystemExit, match="old hold no claim: run their command with --render"):
+        page.page(tmp_path, ".")
+
+
+def test_verdicts_come_from_the_bars() -> None:
+    bars = [experiment.at_least("a", 2, 1), experiment.at_most("b", 2, 1)]
+    assert experiment.verdict(bars[:1]) == "yes"
+    assert experiment.verdict(bars) == "NO, 1 of 2 bars cleared"
+    assert experiment.count(1, "seed") == "1 seed"
+    assert experiment.count(3, "seed") == "3 seeds"
