@@ -23,6 +23,8 @@ COMMANDS = (
     "recomputed mlpnet",
     "recomputed mlpnet_ep2",
     "recomputed resnet20 --seeds 1",
+    "methods mlpnet",
+    "methods resnet20 --seeds 1",
     "page",
 )
 
