@@ -250,6 +250,25 @@ class FisherInverse:
             self._raise_failed(part, failed, "greedy")
         return order, loss
 
+    def removal_loss(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """½ w_Qᵀ (F⁻¹[Q, Q])⁻¹ w_Q = ½ δwᵀ F δw of every block, Q what the mask removes and δw the joint update for it.
+
+        weight: [d] float32/float64.   mask: bool [d], True = keep.   Returns float64 [K].
+        Raises FisherError where a joint solve breaks down.   Source: WoodFisher, eq. 2.13, for many weights.
+        """
+        self._check_weight(weight)
+        out = torch.empty(self.num_blocks, dtype=torch.float64, device=weight.device)
+        for part in self.parts:
+            if part.factor is None:
+                losses, failed = _parts.primal_losses(part, weight, mask)
+                self._raise_failed(part, failed, "joint")
+            else:
+                new = weight.detach().double().contiguous()
+                self._solve(new, part, mask)
+                losses = _parts.dual_losses(part, new - weight, self.num_grads, self.damping)
+            out[part.block_ids.to(out.device)] = losses
+        return out
+
     def prune_update(self, weight: Tensor, mask: Tensor, update: str = "sum") -> Tensor:
         """The weights after removing those outside the mask and correcting the others; new, exactly 0
         outside.

@@ -439,6 +439,37 @@ def group_blocks(part: Part, size: int, damping: float) -> Iterator[tuple[Tensor
         yield blocks[owner, 0] // size + place, part.state[first + owner[:, None, None], at, at.mT].double()
 
 
+def primal_losses(part: Part, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """½ w_Qᵀ (F⁻¹[Q, Q])⁻¹ w_Q of each block of a primal part, float64 [K], and where F⁻¹[Q, Q] is not definite."""
+    size = part.state.shape[1]
+    losses, failed = [], []
+    for chunk in range(0, len(part.blocks), max(1, GROUP_COLUMNS**2 // size**2)):
+        blocks = part.blocks[chunk : chunk + max(1, GROUP_COLUMNS**2 // size**2)]
+        keep = padded(mask, blocks, size, True)  # [K, B]
+        both = ~(keep[:, :, None] | keep[:, None, :])
+        S = torch.where(both, part.state[chunk : chunk + len(blocks)].double(), 0)
+        S.diagonal(dim1=1, dim2=2).add_(keep)  # kept weights stand for rows and columns of the identity
+        L, info = torch.linalg.cholesky_ex(S)
+        x = torch.where(keep, 0, padded(weight.detach().double(), blocks, size, 0))
+        half = torch.linalg.solve_triangular(L, x[:, :, None], upper=False)
+        losses.append(half.square().sum(dim=(1, 2)) / 2)
+        failed.append(info > 0)
+    return torch.cat(losses), torch.cat(failed)
+
+
+def dual_losses(part: Part, step: Tensor, num_grads: int, damping: float) -> Tensor:
+    """½ δᵀ(λ I + GᵀG / m) δ of each block of a dual part, float64 [K].   step: δ, float64 [d]."""
+    losses = []
+    for start, stop in part.blocks.tolist():
+        squares = damping * step[start:stop].square().sum()
+        slopes = torch.zeros(len(part.state), dtype=torch.float64, device=step.device)  # [m]
+        for first in range(start, stop, GROUP_COLUMNS):
+            tile = slice(first, min(stop, first + GROUP_COLUMNS))
+            slopes += part.state[:, tile].double() @ step[tile]
+        losses.append((squares + slopes.square().sum() / num_grads) / 2)
+    return torch.stack(losses)
+
+
 class _Shelf:
     """A primal state that is filled from the front; blocks that did not pass leave no gap.
 

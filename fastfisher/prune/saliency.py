@@ -48,6 +48,21 @@ def greedy(weight: Tensor, finv: FisherInverse, pattern: Pattern) -> Tensor:
     return saliency
 
 
+def no_worse(mask: Tensor, weight: Tensor, finv: FisherInverse) -> Tensor:
+    """In each block the cheaper of two sets of equally many weights: those outside the mask, and the least salient.
+
+    Taking the cheapest weight each time nearly always ends below what was cheapest at the outset, but is no guarantee.
+    """
+    blocks = finv.layout.blocks.to(mask.device)
+    inside = padded(torch.ones_like(mask), blocks, finv.block_size, False)  # [K, B]
+    removed = inside & ~padded(mask, blocks, finv.block_size, True)
+    scores = padded(finv.saliency(weight), blocks, finv.block_size, torch.inf)
+    rank = scores.argsort(dim=1, stable=True).argsort(dim=1)
+    other = (rank >= removed.sum(dim=1, keepdim=True))[inside]
+    cheaper = finv.removal_loss(weight, other) < finv.removal_loss(weight, mask)  # [K]
+    return torch.where(cheaper[:, None].expand_as(inside)[inside], other, mask)
+
+
 def in_order(loss: Tensor, blocks: Tensor, block_size: int) -> Tensor:
     """The running maximum inside each block, and the next larger number where it does not grow: strictly increasing.
 

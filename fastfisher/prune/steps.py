@@ -211,6 +211,9 @@ class Run:
             weight = weight - self._taken(saliency.newton_step(finv), finv, stream).to(weight.dtype)
         with self.clock("select"):
             mask = self.select(layout.scatter(self._scores(weight, finv)), found.mask, sparsity)
+            free = settings.rule.size == 1 and self.most is None
+            if settings.update == "greedy" and free and isinstance(finv, FisherInverse):
+                mask = layout.scatter(saliency.no_worse(layout.gather(mask), weight, finv))
         with self.clock("update"):
             new = layout.scatter(updated(weight, layout.gather(mask), finv, settings.applied_update))
         found.new, found.mask, found.form, found.damping = new, mask, finv.form, float(finv.damping)

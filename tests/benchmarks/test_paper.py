@@ -26,6 +26,7 @@ from benchmarks.paper import (
     hessian_fisher,
     kfac_blocks,
     layers,
+    methods,
     mlpnet_mnist,
     page,
     quadratic_model,
@@ -174,6 +175,19 @@ def _run(main: Callable[[list[str]], None], folder: Path, out: Path, arguments: 
     assert record["held"] == experiment.verdict(record["bars"])
     assert record["command"].startswith("python -m benchmarks.paper.")
     return curves, record
+
+
+def test_every_method_runs_at_every_sparsity_and_pattern(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {label: {**told, "num_recomputations": 1} for label, told in methods.STEPS.items()}
+    monkeypatch.setattr(methods, "STEPS", few)
+    monkeypatch.setattr(methods, "PATTERNS", {"2:4": methods.PATTERNS["2:4"]})
+    arguments = "mlpnet --samples 16 --num-grads 8 --sparsities 0.5"
+    curves, record = _run(methods.main, folder, tmp_path, arguments)
+    assert set(curves.labels()) == {*methods.ONE_STEP, *methods.STEPS}
+    assert {place for _, place in curves.values} == {0.0, 0.5, "2:4"}
+    assert len(record["bars"]) == 2 * 2 + 1
 
 
 def test_hessian_is_near_the_fisher_of_an_untrained_network(folder: Path, tmp_path: Path) -> None:

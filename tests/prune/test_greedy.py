@@ -54,8 +54,8 @@ def test_the_claimed_loss_is_the_measured_one(num_grads: int, block_size: int, t
         assert loss(F, w, new) == pytest.approx(claimed, rel=1e-4)
 
 
-def test_greedy_is_at_most_joint_and_joint_at_most_sum() -> None:
-    better, blocks = 0, 0
+def test_greedy_is_at_most_joint_and_joint_at_most_sum_on_every_block() -> None:
+    mended = 0
     for (num_grads, block_size), sparsity, seed in itertools.product(CASES, (0.2, 0.5, 0.8, 0.95), range(3)):
         finv, F, w = problem(num_grads, block_size, seed=seed)
         none = torch.zeros_like(w, dtype=torch.bool)
@@ -65,16 +65,28 @@ def test_greedy_is_at_most_joint_and_joint_at_most_sum() -> None:
             select(scores, none, share, scope="layer", ranges=ranges)
             for scores in (finv.saliency(w), saliency.greedy(w, finv, UNSTRUCTURED))
         )
+        chosen = saliency.no_worse(by_order, w, finv)
+        mended += int(not torch.equal(chosen, by_order))
+        assert int(chosen.sum()) == int(by_order.sum())
         summed = finv.prune_update(w, by_itself, update="sum")
         joint = finv.prune_update(w, by_itself, update="joint")
-        greedy = finv.prune_update(w, by_order, update="joint")
-        losses = [[loss(F[a:b, a:b], w[a:b], new[a:b]) for a, b in ranges] for new in (greedy, joint, summed)]
-        assert all(j <= s * (1 + 1e-9) for _, j, s in zip(*losses, strict=True))
-        assert sum(losses[0]) <= sum(losses[1])
-        better += sum(g <= j * (1 + 1e-9) for g, j, _ in zip(*losses, strict=True))
-        blocks += len(ranges)
-    # taking the cheapest weight each time is no guarantee for a single block: measured, it loses on 2 of 168
-    assert better >= 0.98 * blocks
+        greedy = finv.prune_update(w, chosen, update="joint")
+        for a, b in ranges:
+            g, j, s = (loss(F[a:b, a:b], w[a:b], new[a:b]) for new in (greedy, joint, summed))
+            assert g <= j * (1 + 1e-9)
+            assert j <= s * (1 + 1e-9)
+    assert mended > 0  # taking the cheapest each time is no guarantee by itself
+
+
+@pytest.mark.parametrize(("num_grads", "block_size"), CASES)
+def test_the_loss_of_a_mask_is_the_measured_one_in_every_block(num_grads: int, block_size: int) -> None:
+    finv, F, w = problem(num_grads, block_size)
+    mask = torch.rand(len(w), generator=torch.Generator().manual_seed(1)) < 0.4
+    new = finv.prune_update(w, mask, update="joint")
+    found = finv.removal_loss(w, mask)
+    for b, (start, stop) in enumerate(finv.layout.blocks.tolist()):
+        part = slice(start, stop)
+        assert float(found[b]) == pytest.approx(loss(F[part, part], w[part], new[part]), rel=1e-7)
 
 
 def test_one_threshold_cuts_every_block_along_its_order() -> None:
