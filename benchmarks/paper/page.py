@@ -42,7 +42,7 @@ def order(record: dict[str, Any]) -> tuple[bool, list[int], str]:
 def load(folder: Path) -> list[dict[str, Any]]:
     """The records of a folder in the order of the page."""
     records = [json.loads(path.read_text()) | {"name": path.stem} for path in folder.glob("*.json")]
-    without = [record["name"] for record in records if "claim" not in record]
+    without = [record["name"] for record in records if "claim" not in record or "pictures" not in record]
     if without:
         raise SystemExit(f"{', '.join(sorted(without))} hold no claim: run their command with --render")
     return sorted(records, key=order)
