@@ -187,11 +187,11 @@ def parser(
     seeds: int,
     *,
     full: Mapping[str, Any] | None = None,
-    damping: float = 1e-5,
+    damping: float | None = 1e-5,
     grad_batch_size: bool = False,
 ) -> argparse.ArgumentParser:
     """The options that the experiments have; the defaults are the published settings, or smaller counts where `full`
-    names the published ones.
+    names the published ones.   damping: None for experiments that choose their own.
     """
     made = argparse.ArgumentParser(description=description)
     made.add_argument(
@@ -203,7 +203,8 @@ def parser(
     )
     if grad_batch_size:
         made.add_argument("--grad-batch-size", type=int, default=1, help="samples averaged into one gradient")
-    made.add_argument("--damping", type=float, default=damping)
+    if damping is not None:
+        made.add_argument("--damping", type=float, default=damping)
     made.add_argument("--seeds", type=int, default=seeds)
     if sparsities:
         made.add_argument("--sparsities", type=float, nargs="+", default=list(sparsities))
@@ -224,7 +225,7 @@ def read(made: argparse.ArgumentParser, arguments: list[str] | None) -> argparse
     options = made.parse_args(arguments)
     options.defaults = {key: made.get_default(key) for key in vars(options)}
     if getattr(options, "full", False):
-        options.defaults |= options.published | {"name": f"{options.name}_full"}
+        options.defaults |= options.published | {"name": f"{made.get_default('name')}_full"}
         for key, value in options.defaults.items():
             if key in {*options.published, "name"} and getattr(options, key) == made.get_default(key):
                 setattr(options, key, value)

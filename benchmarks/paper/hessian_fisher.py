@@ -126,7 +126,7 @@ def bars(curves: Curves, epochs: list[int]) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = experiment.parser(
-        "hessian_fisher", __doc__.split("\n")[0], (), 2_000, seeds=3, full={"samples": 60_000}
+        "hessian_fisher", __doc__.split("\n")[0], (), 2_000, seeds=3, damping=None, full={"samples": 60_000}
     )
     parser.add_argument("--epochs", type=int, nargs="+", default=list(EPOCHS), help="where to look")
     options = experiment.read(parser, arguments)

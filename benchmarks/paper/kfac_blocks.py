@@ -121,7 +121,7 @@ def bars(curves: Curves, samples: list[int]) -> list[dict]:
 def main(arguments: list[str] | None = None) -> None:
     full = {"samples": [500, 2_000, 8_000, 32_000], "reference": 28_000}
     parser = experiment.parser(
-        "kfac_blocks", __doc__.split("\n")[0], (), [500, 2_000, 8_000], seeds=3, full=full
+        "kfac_blocks", __doc__.split("\n")[0], (), [500, 2_000, 8_000], seeds=3, damping=None, full=full
     )
     parser.add_argument("--reference", type=int, default=20_000, help="training images behind the true block")
     options = experiment.read(parser, arguments)

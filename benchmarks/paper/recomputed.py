@@ -151,7 +151,7 @@ def measure_all(options: argparse.Namespace, network: Network, curves: Curves) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = experiment.parser("recomputed", __doc__.split("\n")[0], (0.0,), 0, seeds=3)
+    parser = experiment.parser("recomputed", __doc__.split("\n")[0], (0.0,), 0, seeds=3, damping=None)
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--num-grads", type=int, help="gradients in one estimate")
     options = experiment.read(parser, arguments)

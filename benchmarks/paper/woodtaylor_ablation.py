@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         SPARSITIES,
         [250, 1_000, 2_000],
         seeds=3,
+        damping=None,
         full={"samples": [250, 1_000, 4_000, 8_000]},
     )
     parser.add_argument("--dampings", type=float, nargs="+", default=list(DAMPINGS))
