@@ -291,7 +291,7 @@ def prune(
             method=method,
             scope=scope,
             sparsity=float(settings.sparsity),
-            update=settings.applied_update,
+            update="greedy" if settings.update == "greedy" else settings.applied_update,
             num_weights=layout.num_weights,
             num_zeros=int((~outcome.mask).sum()),
             zeros_before=int(dead.sum()),

@@ -48,12 +48,16 @@ class Clock:
 
 @dataclass
 class Read:
-    """What a method that takes no gradient of its own has read, told like a GradientStream."""
+    """What a method that takes no gradient of its own has read, told like a GradientStream.
+
+    groups: all samples, emptied once they are used.
+    """
 
     objective: Objective
     layout: BlockLayout
     groups: list[Samples]
     fingerprint: str
+    num_finite: int = 0
     kept: list[Samples] = field(default_factory=list)  # the first samples, for the loss before and after
     kept_losses: list[Tensor] = field(default_factory=list)
     num_non_finite: int = 0
@@ -61,14 +65,11 @@ class Read:
     unreached: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.num_finite = sum(map(len, self.groups)) // self.objective.grad_batch_size
         for group in self.groups:
             if sum(map(len, self.kept)) < KEPT_GRADS:
                 self.kept.append(group)
                 self.kept_losses.append(self.objective.losses(self.objective.weights, group).double())
-
-    @property
-    def num_finite(self) -> int:
-        return sum(map(len, self.groups)) // self.objective.grad_batch_size
 
     @property
     def effective(self) -> float:
@@ -203,6 +204,7 @@ class Run:
         if isinstance(stream, Read):
             with self.clock("inverse"):
                 finv = self._rival(stream)
+            stream.groups.clear()
             advance(stream.num_finite)
         else:
             finv = self._estimate(stream, advance)

@@ -160,4 +160,4 @@ def test_exactly_the_zeros_asked_for_over_steps() -> None:
         num_recomputations=2,
     )
     assert report.num_zeros == round(0.7 * report.num_weights)
-    assert report.update == "joint"
+    assert report.update == "greedy"
