@@ -417,6 +417,7 @@ GPU_PROBLEMS = (
     _resnet50("block_matvec", 100, 1000, "dual", 0.2),
     _resnet50("fisher_vector_product", 100, 1000, "primal", 0.2),
     _resnet50("obs_eliminate", 64, 50, contenders=("ours", "strong", "triton")),
+    _resnet50("obs_eliminate", 100, 1000, "dual", contenders=("ours",)).prefix(10),
     _resnet50("obs_saliency", 64, 50),
     _resnet50("prune_mask", 64, 50, contenders=("ours", "strong", "strong sort", "native", "triton")),
     _resnet50("obs_update_", 64, 50),

@@ -88,6 +88,7 @@ SUBJECTS = {
     "project": Subject("fisher_vector_product", (100,), "primal", "m", 1000),
     "expand": Subject("fisher_vector_product", (100,), "primal", "m", 1000),
     "block_matvec": Subject("block_matvec", (50, 128, 256)),
+    "obs_eliminate": Subject("obs_eliminate", (50, 128, 256)),
     "obs_solve": Subject("obs_solve_", (32, 50, 64), itemsize=8),
     "blocked": _LARGE,
     "blocked_pivot": _LARGE,

@@ -129,7 +129,7 @@ def measure_all(options: argparse.Namespace, network: Network, curves: Curves) -
             estimate = {"num_grads": options.num_grads, "block_size": network.block_size}
             common = {"sparsity": sparsity, "seed": seed, "targets": targets}
             measure(curves, MAGNITUDE, problem, common | {"method": "magnitude"})
-            measure(curves, ONE_STEP, problem, common | estimate | {"num_recomputations": 0})
+            measure(curves, ONE_STEP, problem, common | estimate | {"num_recomputations": 0, "update": "sum"})
             for method, line in RECOMPUTED.items():
                 if seed == 0:
                     started = time.perf_counter()

@@ -153,7 +153,7 @@ class Sizes:
         rows, micro = chunks(row, num_rows, limit, activation)
         buffer = (2 + rows) * row  # the weights, the dead ones, and the rows handed over
         fisher, inverse = self.fisher_bytes(num_rows)
-        if settings.update == "greedy":
+        if settings.chosen_update == "greedy":
             vectors += 4 * 8 * self.num_weights  # order, losses, and saliencies in order
         return {
             "gradients": buffer + fisher + micro * (row + ACTIVATION_FACTOR * activation),

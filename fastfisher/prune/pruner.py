@@ -133,7 +133,7 @@ def _fill_gradients(report: Report, settings: Settings, outcome: Outcome, object
     if first.effective < FEW_EFFECTIVE * settings.num_grads:
         report.notes.append(
             f"Effective number of gradients is {first.effective:.0f} of {settings.num_grads}: the model fits this "
-            f"data almost perfectly; use held-out data or larger damping."
+            f"data almost perfectly; use held-out data, fisher_type='mc', or larger damping."
         )
     for stream in outcome.streams:
         if stream.num_non_finite:
@@ -196,8 +196,9 @@ def prune(
     damping: λ, added to the Fisher's diagonal ("absolute", the paper's), or the multiple of its mean diagonal to add
         ("relative", which needs no tuning from network to network).
     update: of the kept weights: "sum" (the paper's), "joint" (exact for all removed weights of a block together),
-        "greedy" (weights are chosen one at a time, each after the correction for those before), None, or "auto": "sum"
-        for a single step, "joint" with recomputations.   Only for methods with blocks, and "kfac".
+        "greedy" (weights are chosen one at a time, each after the correction for those before), None, or "auto":
+        "joint" with recomputations, "greedy" for a single step ("sum" where blocks exceed 256 weights, or for "kfac").
+        Only for methods with blocks, and "kfac".
     num_recomputations: how often gradients and inverse are made anew on the way to the final sparsity, each time at the
         point reached and for the weights that are left; None: as often as the sparsity calls for (12 times to 80 %).
         The data are read on, and from the beginning again at their end.
@@ -291,7 +292,7 @@ def prune(
             method=method,
             scope=scope,
             sparsity=float(settings.sparsity),
-            update="greedy" if settings.update == "greedy" else settings.applied_update,
+            update=settings.chosen_update,
             num_weights=layout.num_weights,
             num_zeros=int((~outcome.mask).sum()),
             zeros_before=int(dead.sum()),

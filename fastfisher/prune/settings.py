@@ -20,6 +20,8 @@ BLOCK_METHODS = ("woodfisher", "woodtaylor", "hessian")
 SPACING = 2
 # Steps for each factor e by which the weights become fewer, where their number is not given: 13 to 80 %, 19 to 90 %.
 STEPS_PER_E = 8
+# The largest block that goes one by one where no update is named: the work grows with its square for each weight.
+GREEDY_BLOCK = 256
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "method": ("woodfisher", "woodtaylor", "diagonal", "obd", "kfac", "hessian", "magnitude", "random"),
@@ -140,17 +142,25 @@ class Settings:
         return self.block_size if self.method in BLOCK_METHODS else 1
 
     @property
-    def applied_update(self) -> str | None:
+    def chosen_update(self) -> str | None:
         """The update of the kept weights: a diagonal Fisher, which couples nothing, and others have none.
 
-        "auto": "joint", the minimiser of the quadratic model, but "sum" where one step is to trust it all the way.
+        "auto": "joint", the minimiser of the quadratic model.  Where one step is to trust that model all the way, the
+        choice of the weights has to follow it too: "greedy", or "sum" where blocks are too large or there are none.
         """
         if self.method not in (*BLOCK_METHODS, "kfac"):
             return None
-        if self.update == "auto":
-            return "sum" if self.num_recomputations == 0 else "joint"
-        # what is left after removals one by one is the minimiser for all of them
-        return "joint" if self.update == "greedy" else self.update
+        if self.update != "auto":
+            return self.update
+        if self.num_recomputations != 0:
+            return "joint"
+        small = self.method in BLOCK_METHODS and (self.block_size or math.inf) <= GREEDY_BLOCK
+        return "greedy" if small else "sum"
+
+    @property
+    def applied_update(self) -> str | None:
+        """What corrects the kept weights: after removals one by one that is the minimiser for all of them."""
+        return "joint" if self.chosen_update == "greedy" else self.chosen_update
 
     def targets_of_steps(self, before: float) -> list[float]:
         """The sparsity after each step, from that `before` to the final one: s_f − (s_f − s_0)(1 − i/n)², i = 1 ... n.

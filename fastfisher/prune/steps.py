@@ -214,7 +214,7 @@ class Run:
         with self.clock("select"):
             mask = self.select(layout.scatter(self._scores(weight, finv)), found.mask, sparsity)
             free = settings.rule.size == 1 and self.most is None
-            if settings.update == "greedy" and free and isinstance(finv, FisherInverse):
+            if settings.chosen_update == "greedy" and free and isinstance(finv, FisherInverse):
                 mask = layout.scatter(saliency.no_worse(layout.gather(mask), weight, finv))
         with self.clock("update"):
             new = layout.scatter(updated(weight, layout.gather(mask), finv, settings.applied_update))
@@ -264,7 +264,7 @@ class Run:
         """The saliency of every weight of the inverse's layout."""
         if self.settings.method not in BLOCK_METHODS or isinstance(finv, KFACInverse):
             return self._summed(finv.saliency(weight))
-        if self.settings.update == "greedy":
+        if self.settings.chosen_update == "greedy":
             return saliency.greedy(weight, finv, self.settings.rule)
         return saliency.obs(weight, finv, self.settings.rule)
 

@@ -17,7 +17,6 @@ from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
 from fastfisher.fisher.gradients import Objective
 from fastfisher.fisher.hessian import hessian_blocks, hessian_diagonal, hessian_inverse, obd_inverse
-from fastfisher.prune import saliency
 from tests.prune.models import assert_same, batches, classifier, images, picture
 
 NAMES = ["0.weight", "3.weight"]
@@ -282,7 +281,6 @@ def test_relative_damping_is_a_multiple_of_the_mean_positive_curvature() -> None
     torch.testing.assert_close(inverse.diag(), 1 / (h + 1))
     w = model.w.detach().reshape(-1)
     torch.testing.assert_close(inverse.saliency(w), w**2 / 2 * (h + 1))
-    torch.testing.assert_close(saliency.diagonal(w, inverse), w**2 / 2 * (h + 1))
     mask = h > 1
     for update in ("sum", "joint"):
         torch.testing.assert_close(inverse.prune_update(w, mask, update=update), torch.where(mask, w, 0))

@@ -387,7 +387,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"memory_limit": "100 kB"},
-        "block_size=16 needs 109.4 kB; free on cpu: 100.0 kB. Largest that fits: 10.",
+        "block_size=16 needs 130.7 kB; free on cpu: 100.0 kB. Largest that fits: 10.",
     ),
     ({"memory_limit": 10}, "No block size fits."),
     ({"eval_fn": lambda model: "good"}, "eval_fn must return a number or a dict of numbers; got 'good'"),

@@ -61,10 +61,13 @@ def test_steps_are_as_many_as_the_sparsity_calls_for() -> None:
     assert steps_of(0.5, None, before=0.7) == [0.5]
 
 
-def test_by_default_the_update_is_joint_with_recomputations_and_the_sum_without() -> None:
+def test_by_default_the_update_is_joint_with_recomputations_and_greedy_without() -> None:
     reports = [run(classifier(), num_recomputations=n) for n in (None, 0, 2)]
-    assert [report.update for report in reports] == ["joint", "sum", "joint"]
+    assert [report.update for report in reports] == ["joint", "greedy", "joint"]
     assert [len(report.steps) for report in reports] == [6, 1, 3]
+    for large in (257, None):
+        assert run(classifier(), num_recomputations=0, block_size=large).update == "sum"
+    assert run(classifier(), num_recomputations=0, method="kfac").update == "sum"
     assert run(classifier(), method="diagonal").update is None
 
 
@@ -130,7 +133,7 @@ def test_data_that_can_be_read_once_must_last() -> None:
     ):
         run(classifier(), data=iter(data), num_recomputations=1)
     report = run(classifier(), data=iter(data), num_recomputations=None)
-    assert (len(report.steps), report.update) == (1, "sum")
+    assert (len(report.steps), report.update) == (1, "greedy")
     assert any("The data can be read only once" in note for note in report.notes)
     long = batches(*images(64), 8)
     report = run(classifier(), data=iter(long), num_recomputations=1)
