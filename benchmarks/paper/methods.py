@@ -15,9 +15,9 @@ import time
 from typing import Any
 
 import fastfisher as ff
-from benchmarks.paper import data, experiment
-from benchmarks.paper.experiment import Claim, Curves, Place
-from benchmarks.paper.pictures import Line, Panel
+from benchmarks.paper import data, experiment, pictures
+from benchmarks.paper.experiment import Claim, Curves
+from benchmarks.paper.pictures import Axes, Line, Panel
 
 CLAIM = Claim(
     "beyond the paper",
@@ -54,19 +54,21 @@ STEPS: dict[str, dict[str, Any]] = {
     "WoodTaylor, recomputed, greedy": {"method": "woodtaylor", "update": "greedy"},
 }
 OURS = 3
+AXES = Axes("place", x_label="sparsity or pattern")
 
 
-def panels(curves: Curves, options: argparse.Namespace) -> list[Panel]:
+def panels(options: argparse.Namespace) -> list[Panel]:
     counts = experiment.count(options.num_grads, "gradient")
     return [
-        Panel(f"{name} ({counts} each)", [_line(curves, label, told) for label, told in methods.items()])
+        Panel(f"{name} ({counts} each)", [Line(label) for label in methods], (0, 100))
         for name, methods in (("one step", ONE_STEP), ("several steps", STEPS))
     ]
 
 
-def _line(curves: Curves, label: str, told: dict[str, Any]) -> Line:
-    without = told.get("method") in ("magnitude", "random")
-    return Line(label, "global", None if without else label)
+def places(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What ff.prune is asked for, by the name under the bars."""
+    patterns = PATTERNS if options.network == "mlpnet" else {"2:4": PATTERNS["2:4"]}
+    return {f"{s:.0%}": {"sparsity": s} for s in options.sparsities} | patterns
 
 
 def bars(curves: Curves, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -74,13 +76,10 @@ def bars(curves: Curves, options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for name, methods in (("one step", ONE_STEP), ("several steps", STEPS)):
         labels = list(methods)
-        for place in [*options.sparsities, *PATTERNS]:
-            if (labels[-1], place) not in curves.values:
-                continue
+        for place in places(options):
             ours = max(curves.mean(label, place) for label in labels[-OURS:])
             _, best = max((curves.mean(label, place), label) for label in labels[:-OURS])
-            where = place if isinstance(place, str) else f"{place:.0%}"
-            what = f"{name}, {where}: points above the best rival, {best}"
+            what = f"{name}, {place}: points above the best rival, {best}"
             found.append(experiment.at_least(what, ours - curves.mean(best, place), 0.0))
     dense = curves.mean("dense", 0.0)
     lost = dense - max(curves.mean(label, "2:4") for label in [*list(ONE_STEP)[-OURS:], *list(STEPS)[-OURS:]])
@@ -97,11 +96,9 @@ def measure(options: argparse.Namespace, curves: Curves) -> None:
         dense, targets, train, test = data.load(options.network, options.data, options.samples, seed)
         loader = list(zip(train.images.split(100), train.labels.split(100), strict=True))
         curves.add("dense", 0.0, experiment.accuracy(dense, test))
-        places: dict[Place, dict[str, Any]] = {s: {"sparsity": s} for s in options.sparsities}
-        places |= {name: PATTERNS[name] for name in (PATTERNS if options.network == "mlpnet" else ["2:4"])}
         for label, told in {**ONE_STEP, **STEPS}.items():
             started = time.perf_counter()
-            for place, asked in places.items():
+            for place, asked in places(options).items():
                 model = copy.deepcopy(dense)
                 estimate = {"num_grads": options.num_grads, "block_size": block_size}
                 ff.prune(model, loader, targets=targets, seed=seed, **estimate, **told, **asked)
@@ -123,16 +120,17 @@ def main(arguments: list[str] | None = None) -> None:
         num_grads=num_grads,
         sparsities=list(sparsities),
     )
-    curves = experiment.start(options)
+    curves = experiment.start(options, AXES)
     if not options.render:
         measure(options, curves)
     experiment.report(
         options,
         curves,
-        experiment.lines(curves, panels(curves, options)),
+        lambda path, text: pictures.bars(path, curves, panels(options), AXES, text),
         bars(curves, options),
         f"{title}, every method, without retraining ({experiment.count(options.seeds, 'seed')})",
         CLAIM,
+        AXES,
         keys=("network", "samples", "num_grads", "seeds", "sparsities"),
     )
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COLOURS = ("#4b5563", "#e08e1b", "#d1495b", "#1f77b4", "#2a9d6f", "#7b4fa3", "#9aa0a6", "#8c5a3c")
 
 FEW = 6  # groups of bars that have room for the value of each
+MANY = 4  # bars in a group, of which that is true
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,10 @@ def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
 def bars(path: Path, curves: Curves, panels: Sequence[Panel], axes: Axes, title: str) -> None:
     """Values as groups of bars, one group for each word on the x axis; whiskers are one standard deviation.
 
-    Above a few bars stand their values; above many, what the last line of a group is more than the first.
+    Above a few bars stand their values; above many groups, what the last line of each is more than the first.
     """
     places = curves.places([line for panel in panels for line in panel.lines])
-    size = (max(6.3, 0.7 * len(places) + 1) * len(panels), 4.6)
+    size = (max(6.3, 0.7 * len(places) + 1) * len(panels), 5.0)
     with _figure(path, 1, len(panels), size, title) as grid:
         for axis, panel in zip(grid[0], panels, strict=True):
             places = curves.places(panel.lines)
@@ -150,7 +151,7 @@ def bars(path: Path, curves: Curves, panels: Sequence[Panel], axes: Axes, title:
                 band = [curves.deviation(line.label, place) for place in places]
                 colour = COLOURS[i if line.colour is None else line.colour]
                 axis.bar(middle, mean, width, yerr=band, color=colour, label=line.label, capsize=2)
-                if len(places) <= FEW:
+                if len(places) <= FEW and len(panel.lines) <= MANY:
                     for at, value, deviation in zip(middle, mean, band, strict=True):
                         _above(axis, at, value + deviation, f"{value:.1f}")
             if len(places) > FEW:
@@ -165,10 +166,10 @@ def bars(path: Path, curves: Curves, panels: Sequence[Panel], axes: Axes, title:
             axis.set_axisbelow(True)
             axis.set_title(panel.title, fontsize=10, loc="left")
             _bare(axis)
-            # Above the bars, where nothing is covered.
-            axis.legend(
-                fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(panel.lines), frameon=False
-            )
+            # Above or below the bars, where nothing is covered.
+            above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(panel.lines)}
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08), "ncols": 2}
+            axis.legend(fontsize=8, frameon=False, **(above if len(panel.lines) <= MANY else below))
         grid[0][0].set_ylabel(axes.y_label)
 
 

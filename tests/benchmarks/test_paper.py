@@ -186,7 +186,7 @@ def test_every_method_runs_at_every_sparsity_and_pattern(
     arguments = "mlpnet --samples 16 --num-grads 8 --sparsities 0.5"
     curves, record = _run(methods.main, folder, tmp_path, arguments)
     assert set(curves.labels()) == {*methods.ONE_STEP, *methods.STEPS}
-    assert {place for _, place in curves.values} == {0.0, 0.5, "2:4"}
+    assert {place for _, place in curves.values} == {0.0, "50%", "2:4"}
     assert len(record["bars"]) == 2 * 2 + 1
 
 
