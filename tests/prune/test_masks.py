@@ -183,6 +183,28 @@ def test_grad_scaler_and_the_steps_it_skips(fused: bool) -> None:
     assert scaler.get_scale() == 8.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_dtype_layout_and_bit(dtype: torch.dtype) -> None:
+    model = nn.Linear(6, 4, bias=False, dtype=dtype)
+    model.weight = nn.Parameter(torch.randn(6, 4).to(dtype).t())  # strides of a transposed tensor
+    with torch.no_grad():
+        model.weight[:, :3] = 0
+        model.weight[1, 4] = -0.0
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    held = ff.hold_sparsity(model, optimizer)
+    with torch.no_grad():
+        for i, value in enumerate([torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).tiny]):
+            model.weight[i, :3] = value
+    kept = model.weight.detach()[held.masks["weight"]].clone()
+    with pytest.warns(UserWarning, match="had 12 nonzero weights where its mask says zero"):
+        optimizer.step()
+    weight = model.weight.detach()
+    assert torch.equal(weight[held.masks["weight"]], kept)
+    assert not weight[~held.masks["weight"]].any()
+    assert not torch.signbit(weight[~held.masks["weight"]]).any()
+    assert int((~held.masks["weight"]).sum()) == 13
+
+
 def test_infinite_and_missing_numbers_become_zero_too() -> None:
     model = sparse()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
