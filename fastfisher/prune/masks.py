@@ -78,9 +78,8 @@ class HeldSparsity:
         self.mended: dict[str, int] = {}
         self.aliases: dict[str, tuple[str, ...]] = {}
         self._sparse: list[str] = []  # the names whose masks remove anything; the others cost no time
-        self._seen: dict[
-            tuple[str, int], tuple[int, int]
-        ] = {}  # memory and version of weights known to be zero
+        # memory and version of weights that are known to be zero where they should, by name and identity
+        self._seen: dict[tuple[str, int], tuple[int, int]] = {}
         self._hooks: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
         self._warned = False
 
@@ -242,4 +241,10 @@ def hold_sparsity(
     aliases = parameter_aliases(model)
     held.hold({name: aliases[name] for name in [*found.parameters, *found.frozen]})
     held.attach(*([optimizer] if isinstance(optimizer, Optimizer) else optimizer))
+    if all(bool(mask.all()) for mask in held.masks.values()):
+        warnings.warn(
+            f"none of the weights of {len(held.masks)} tensors is zero, so there is nothing to hold; prune first, or "
+            f"name others in targets",
+            stacklevel=2,
+        )
     return held

@@ -253,7 +253,7 @@ def run(
     """Part of a training run in objects of its own; returns what it would save."""
     model = classifier(seed=0 if checkpoint is None else 5)  # other weights, to be loaded over
     optimizer = OPTIMIZERS[kind](model.parameters())
-    gradual = pruner(model, method=method)
+    gradual = pruner(model, method=method, strict=True)  # loading in any order is no write past the optimizer
     gradual.attach(optimizer)
     if checkpoint is not None:
         state = torch.load(io.BytesIO(checkpoint), weights_only=True)

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastfisher as ff
 from fastfisher.errors import FastFisherError
+from tests.device import DEVICE
 from tests.fisher.test_gradients import Tied
 from tests.prune.models import batches, classifier, images
 
@@ -272,15 +273,15 @@ def test_ties_by_identity_and_by_memory() -> None:
     assert not optimizer.state[one.weight]["momentum_buffer"][0].any()
 
 
-def test_a_model_that_changes_its_dtype() -> None:
+def test_a_model_that_changes_dtype_and_device() -> None:
     model = sparse()
     held = ff.hold_sparsity(model, OPTIMIZERS["sgd"](model.parameters()))
-    model.double()
+    model.to(DEVICE, torch.float64)
     optimizer = OPTIMIZERS["adam"](model.parameters())
     held.attach(optimizer)
     for x, y in DATA:
         optimizer.zero_grad()
-        F.cross_entropy(model(x.double()), y).backward()
+        F.cross_entropy(model(x.to(DEVICE, torch.float64)), y.to(DEVICE)).backward()
         optimizer.step()
     assert_zero(model, held.masks, optimizer)
     assert not held.mended
@@ -413,6 +414,14 @@ def test_targets_and_frozen_tensors() -> None:
     assert_zero(model, held.masks, optimizer)
     with pytest.raises(FastFisherError, match="matched none"):
         ff.hold_sparsity(model, optimizer, ignore="conv9")
+
+
+def test_a_model_without_zeros_is_told() -> None:
+    model = classifier()
+    with pytest.warns(
+        UserWarning, match="none of the weights of 4 tensors is zero, so there is nothing to hold"
+    ):
+        ff.hold_sparsity(model, OPTIMIZERS["sgd"](model.parameters()))
 
 
 def test_what_cannot_be_attached() -> None:
