@@ -21,8 +21,14 @@ if TYPE_CHECKING:
     from fastfisher.ops import explain as explain
     from fastfisher.ops import use_backend as use_backend
     from fastfisher.prune.batchnorm import reestimate_batchnorm as reestimate_batchnorm
+    from fastfisher.prune.gradual import Pruner as Pruner
+    from fastfisher.prune.masks import HeldSparsity as HeldSparsity
+    from fastfisher.prune.masks import hold_sparsity as hold_sparsity
     from fastfisher.prune.pruner import plan as plan
     from fastfisher.prune.pruner import prune as prune
+    from fastfisher.prune.schedule import CubicSchedule as CubicSchedule
+    from fastfisher.prune.schedule import ExponentialSchedule as ExponentialSchedule
+    from fastfisher.prune.schedule import LinearSchedule as LinearSchedule
     from fastfisher.prune.tune import Tuning as Tuning
     from fastfisher.prune.tune import tune as tune
     from fastfisher.report import Report as Report
@@ -32,12 +38,18 @@ __version__ = "0.1.0"
 # name -> module it lives in; a name that is a module itself stands beside its own path
 _HOME = {
     "BlockLayout": "fastfisher.fisher.blocks",
+    "CubicSchedule": "fastfisher.prune.schedule",
+    "ExponentialSchedule": "fastfisher.prune.schedule",
     "FisherAccumulator": "fastfisher.fisher.inverse",
     "FisherInverse": "fastfisher.fisher.inverse",
+    "HeldSparsity": "fastfisher.prune.masks",
+    "LinearSchedule": "fastfisher.prune.schedule",
+    "Pruner": "fastfisher.prune.gradual",
     "Report": "fastfisher.report",
     "Tuning": "fastfisher.prune.tune",
     "errors": "fastfisher.errors",
     "explain": "fastfisher.ops",
+    "hold_sparsity": "fastfisher.prune.masks",
     "inverse_diagonal": "fastfisher.fisher.inverse",
     "ops": "fastfisher.ops",
     "plan": "fastfisher.prune.pruner",

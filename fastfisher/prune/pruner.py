@@ -223,23 +223,48 @@ def prune(
     Raises FastFisherError (a ValueError) on bad input, FisherError where the arithmetic breaks down.
     Source: WoodFisher (Singh & Alistarh, 2020), sections 2, 3 and 5.
     """
-    settings = Settings.of(locals())
+    return prune_once(
+        model,
+        data,
+        Settings.of(locals()),
+        targets=targets,
+        ignore=ignore,
+        loss_fn=loss_fn,
+        eval_fn=eval_fn,
+        progress=progress,
+        memory_limit=memory_limit,
+    )
+
+
+def prune_once(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    settings: Settings,
+    *,
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+    loss_fn: LossFn | None = None,
+    eval_fn: Callable[[nn.Module], Any] | None = None,
+    progress: Progress | None = None,
+    memory_limit: int | str | None = None,
+) -> Report:
+    """`prune` with settings that are checked already, among them such as its keywords cannot express."""
     found = find_targets(model, targets, ignore)
     found.take(model, settings.rule)
     layout = layout_of(found, settings)
     limit = gradient_limit(layout, settings, found, memory_limit)
     most = layer_limits(settings, layout)
-    needs_data = method not in DATA_FREE
-    if (needs_data or cost == "flops") and data is None:
+    needs_data = settings.method not in DATA_FREE
+    if (needs_data or settings.cost == "flops") and data is None:
         what = (
-            f"method={method!r} needs data to take gradients from"
+            f"method={settings.method!r} needs data to take gradients from"
             if needs_data
             else "cost='flops' needs a sample"
         )
         raise FastFisherError(f"{what}; got None")
     clock = Clock()
 
-    with untouched(model, seed):
+    with untouched(model, settings.seed):
         old = {name: parameter.detach() for name, parameter in found.parameters.items()}
         wide = torch.float64 if any(p.dtype == torch.float64 for p in old.values()) else torch.float32
         weight = layout.flatten({name: value.to(wide) for name, value in old.items()})  # [d]
@@ -252,23 +277,25 @@ def prune(
             model,
             list(found.parameters),
             loss_fn=loss_fn,
-            grad_batch_size=grad_batch_size,
-            fisher_type=fisher_type,
+            grad_batch_size=settings.grad_batch_size,
+            fisher_type=settings.fisher_type,
         )
         dense = control = None
         if eval_fn is not None:
             with clock("evaluate"):
                 dense = _number(eval_fn(model))
 
-        notes = [f"Left dense, {name} cannot take {pattern}: {why}." for name, why in found.unfit.items()]
+        notes = [
+            f"Left dense, {name} cannot take {settings.pattern}: {why}." for name, why in found.unfit.items()
+        ]
         reader = None
         if data is not None:
-            reader = SampleReader(data, found.device, repeat=num_grads * grad_batch_size)
-            if reader.once and num_recomputations is None and needs_data:
+            reader = SampleReader(data, found.device, repeat=settings.num_grads * settings.grad_batch_size)
+            if reader.once and settings.num_recomputations is None and needs_data:
                 settings = replace(settings, num_recomputations=0)
                 notes.append("The data can be read only once, so there was one step without recomputations.")
         counted, costs = None, None
-        if cost == "flops" and reader is not None and data is not None:
+        if settings.cost == "flops" and reader is not None and data is not None:
             sample = reader.peek() if reader.once else _some_samples(data, objective)
             counted = None if sample is None else count_flops(objective, model, sample)
             costs = _costs(found, layout, counted[1] if counted else {})
@@ -276,7 +303,7 @@ def prune(
         if reader is None or not needs_data:
             outcome = run.without_gradients(weight, ~dead)
         else:
-            if fisher_type == "exact":
+            if settings.fisher_type == "exact":
                 each = objective.rows_per_sample(_first(reader))
                 limit = gradient_limit(layout, settings, found, memory_limit, each)
             outcome = run.with_gradients(weight, ~dead, objective, reader, limit)
@@ -284,13 +311,17 @@ def prune(
         stream = outcome.streams[0] if outcome.streams else None
         values = as_parameters(outcome.new, outcome.mask, layout, found.parameters)
         if counted is None and data is not None:
-            sample = stream.kept[0].narrow(0, grad_batch_size) if stream else _some_samples(data, objective)
+            sample = (
+                stream.kept[0].narrow(0, settings.grad_batch_size)
+                if stream
+                else _some_samples(data, objective)
+            )
             counted = None if sample is None else count_flops(objective, model, sample)
         total_flops, flops = counted or (None, None)
 
         report = Report(
-            method=method,
-            scope=scope,
+            method=settings.method,
+            scope=settings.scope,
             sparsity=float(settings.sparsity),
             update=settings.chosen_update,
             num_weights=layout.num_weights,
@@ -299,8 +330,8 @@ def prune(
             layers=_layer_rows(found, layout, dead, outcome.mask, flops),
             frozen=found.frozen,
             unfit=dict(found.unfit),
-            pattern=pattern,
-            seed=seed,
+            pattern=settings.pattern,
+            seed=settings.seed,
             device=str(found.device),
             versions=_versions(),
             command=_command(),
@@ -315,7 +346,7 @@ def prune(
             with clock("loss check"):
                 _check_loss(report, stream, old, values, outcome.damping)
 
-        if eval_fn is not None and method != "magnitude":
+        if eval_fn is not None and settings.method != "magnitude":
             with clock("evaluate"):
                 rival = replace(
                     settings, method="magnitude", scope="global", fisher_type="empirical", centered=False

@@ -44,7 +44,10 @@ def _positive_int(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that `prune` and `plan` share but model and data.  Raises FastFisherError with the offending value."""
+    """All that `prune` and `plan` share but model and data.  Raises FastFisherError with the offending value.
+
+    on_the_way: a step of a gradual run, at which N:M may have fewer zeros than it makes in the end.
+    """
 
     sparsity: float
     method: str
@@ -62,18 +65,19 @@ class Settings:
     pattern: str = "unstructured"
     cost: str = "params"
     max_layer_sparsity: float | Mapping[str, float] = 1.0
+    on_the_way: bool = False
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
         """Those among keyword arguments; where no sparsity is given, that of the pattern."""
-        chosen = {field.name: given[field.name] for field in fields(cls)}
+        chosen = {field.name: given[field.name] for field in fields(cls) if field.name in given}
         if chosen["sparsity"] is None:
             chosen["sparsity"] = Pattern.parse(chosen["pattern"]).sparsity
         return cls(**chosen)
 
     def __post_init__(self) -> None:
         own = self.rule.sparsity
-        if own is not None and self.sparsity != own:
+        if own is not None and self.sparsity != own and not (self.on_the_way and self.sparsity < own):
             raise FastFisherError(
                 f"pattern={self.pattern!r} makes a sparsity of {own:g}, so leave it out; got {self.sparsity!r}"
             )
