@@ -23,9 +23,9 @@ from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.inverse import FisherInverse
 from fastfisher.ops.memory import empty_state, zero_state
 
-# So many gradients are taken in at once, or B where that is more: enough to run at full speed, and the buffer does not
-# grow with m.
-BUFFERED = 64
+# So many gradients, or B where that is more, are kept and taken in at once where not all are: enough to run near full
+# speed.  A script that is short of memory may lower it before it makes an inverse.
+BUFFERED = 128
 
 
 class _HasDiagonal(Protocol):
@@ -49,8 +49,8 @@ class EmpiricalBlockFisherInverse:
     `add_grad` only copies.  The inverse is made when `diag`, `mul` or `f_inv` is read after it, and kept until the next
     gradient: reading once at the end is what makes this fast.  Reading after every gradient is right too, but builds
     the inverse each time.  What was read before never changes what is read later.
-    Memory: max(64, B) gradients at most, with float64 [K, B, B] beside them where more than these come; both are freed
-    by the first reading after the last gradient.
+    Memory: max(128, B) gradients, and F in float64 [K, B, B] where more than these come, or as many more gradients as
+    F would take; all of it is freed by the first reading after the last gradient, which leaves [K, B, B].
     Raises FastFisherError on bad input, FisherError (on reading) where float64 cannot hold a block.
     Source: WoodFisher, eqs. 3.1 to 3.5.
     """
@@ -73,7 +73,7 @@ class EmpiricalBlockFisherInverse:
         self.num_blocks = math.ceil(self.d / self.B)
         self.count = 0
         self._layout = BlockLayout.from_sizes([self.d], min(self.B, self.d))
-        self._buffer: Tensor | None = None  # [min(m, max(64, B)), d], in the dtype of the gradients
+        self._buffer: Tensor | None = None  # [k, d], in the dtype of the gradients
         self._pending = 0  # rows of it that are not in the Fisher yet
         self._fisher: list[
             Tensor
@@ -97,8 +97,7 @@ class EmpiricalBlockFisherInverse:
             raise FastFisherError(f"num_grads={self.m} gradients have come already, got one more")
         row = self._flat("g", g)
         if self._buffer is None:
-            rows = min(self.m, max(BUFFERED, self.B))
-            self._buffer = empty_state((rows, self.d), g.dtype, self.dev)
+            self._buffer = empty_state((self._rows(g.dtype), self.d), g.dtype, self.dev)
         elif g.dtype != self._buffer.dtype:
             raise FastFisherError(f"g must be {self._buffer.dtype} as before, got {g.dtype}")
         if self._pending == len(self._buffer):
@@ -152,6 +151,11 @@ class EmpiricalBlockFisherInverse:
         """1/λ everywhere, in the dtype that a script without gradients gets."""
         return torch.full(shape, 1 / self.damp, device=self.dev)
 
+    def _rows(self, dtype: torch.dtype) -> int:
+        """How many gradients to keep: all, unless taking some into a Fisher needs less memory."""
+        rows = max(BUFFERED, self.B)
+        return self.m if (self.m - rows) * dtype.itemsize <= self.B * torch.float64.itemsize else rows
+
     def _flush(self, buffer: Tensor) -> None:
         """Take the pending gradients into the Fisher.
 
@@ -176,7 +180,9 @@ class EmpiricalBlockFisherInverse:
         if self._fisher:
             self._flush(self._buffer)
             dtype = _parts.state_dtype(self._buffer.dtype)
-            source = _parts.stored_source(list(self._fisher), self._layout, self.damp)
+            # the source frees what it has read, which must stay for gradients that are still to come
+            stored = self._fisher if self.count == self.m else list(self._fisher)
+            source = _parts.stored_source(stored, self._layout, self.damp)
             parts, condition = _parts.primal_parts(
                 source, self._layout, num_grads=self.m, damping=self.damp, dtype=dtype, device=self.dev
             )
