@@ -1,4 +1,4 @@
-"""Imports run one way, `cli, integrations -> prune -> fisher -> ops -> kernels`, and never back."""
+"""Imports run one way, `cli, integrations -> compat, io -> prune -> fisher -> ops -> kernels`, and never back."""
 
 from __future__ import annotations
 
