@@ -103,7 +103,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, verify: bool = True)
     tied = _parsed(path, metadata, TIED) if TIED in metadata else {}
     for other, name in tied.items():
         if name not in state:
-            raise FastFisherError(f"{str(path)!r} is broken: {other!r} is said to be {name!r}, which is missing")
+            raise FastFisherError(
+                f"{str(path)!r} is broken: {other!r} is said to be {name!r}, which is missing"
+            )
         state.setdefault(other, state[name])
     report = _report_of(path, metadata)
     _copy(path, state, model)
@@ -297,7 +299,9 @@ def _report_of(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Rep
     try:
         return Report.from_dict(_parsed(path, metadata, REPORT))
     except (KeyError, TypeError) as error:
-        raise FastFisherError(f"{str(path)!r} is broken: its report lacks or does not know {error}") from error
+        raise FastFisherError(
+            f"{str(path)!r} is broken: its report lacks or does not know {error}"
+        ) from error
 
 
 def _check_kind(path: str | os.PathLike[str], metadata: Mapping[str, str], kind: str) -> None:

@@ -98,18 +98,20 @@ def test_config_has_the_keys_of_the_python_call_and_flags_win(user: Path) -> Non
 def test_weights_are_any_safetensors_file_but_a_changed_one(
     user: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import mine
     from safetensors.torch import save_model
 
+    model = cli.load("mine:model", "model")()
     evaluate = ("eval", "mine:model", "--weights", "model.safetensors")
-    save_model(mine.model(), "model.safetensors")
+    save_model(model, "model.safetensors")
     run(*evaluate)
-    ff.save(mine.model(), "model.safetensors")
+    ff.save(model, "model.safetensors")
     run(*evaluate)
     content = Path("model.safetensors").read_bytes()
     Path("model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     run(*evaluate, code=cli.BAD_INPUT)
-    assert "--weights model.safetensors does not load: 'model.safetensors' is changed" in capsys.readouterr().err
+    assert (
+        "--weights model.safetensors does not load: 'model.safetensors' is changed" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
