@@ -50,7 +50,7 @@ class EmpiricalBlockFisherInverse:
     gradient: reading once at the end is what makes this fast.  Reading after every gradient is right too, but builds
     the inverse each time.  What was read before never changes what is read later.
     Memory: max(128, B) gradients, and F in float64 [K, B, B] where more than these come, or as many more gradients as
-    F would take; all of it is freed by the first reading after the last gradient, which leaves [K, B, B].
+    F would take; all of it is freed by the first reading after the last gradient, which leaves the inverse.
     Raises FastFisherError on bad input, FisherError (on reading) where float64 cannot hold a block.
     Source: WoodFisher, eqs. 3.1 to 3.5.
     """
@@ -75,9 +75,7 @@ class EmpiricalBlockFisherInverse:
         self._layout = BlockLayout.from_sizes([self.d], min(self.B, self.d))
         self._buffer: Tensor | None = None  # [k, d], in the dtype of the gradients
         self._pending = 0  # rows of it that are not in the Fisher yet
-        self._fisher: list[
-            Tensor
-        ] = []  # (1/m) Σ g gᵀ, float64, per group of blocks [g, B, B]; empty before the first
+        self._fisher: list[Tensor] = []  # (1/m) Σ g gᵀ so far, float64, per group of blocks [g, B, B]
         self._inverse: FisherInverse | None = None
         self._state: Tensor | None = None
 
@@ -180,9 +178,8 @@ class EmpiricalBlockFisherInverse:
         if self._fisher:
             self._flush(self._buffer)
             dtype = _parts.state_dtype(self._buffer.dtype)
-            # the source frees what it has read, which must stay for gradients that are still to come
-            stored = self._fisher if self.count == self.m else list(self._fisher)
-            source = _parts.stored_source(stored, self._layout, self.damp)
+            # a copy of the list: the source empties it, and gradients may still come, or this fail and be asked again
+            source = _parts.stored_source(list(self._fisher), self._layout, self.damp)
             parts, condition = _parts.primal_parts(
                 source, self._layout, num_grads=self.m, damping=self.damp, dtype=dtype, device=self.dev
             )

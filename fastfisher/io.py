@@ -57,7 +57,8 @@ class PackedSize:
         return self.dense_bytes / self.bytes
 
     def __str__(self) -> str:
-        return f"{format_bytes(self.bytes)}, {self.ratio:.2f} times smaller than {format_bytes(self.dense_bytes)}"
+        packed, dense = format_bytes(self.bytes), format_bytes(self.dense_bytes)
+        return f"{packed} packed, {dense} dense (ratio {self.ratio:.2f})"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, report: Report | None = None) -> str:

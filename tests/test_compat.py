@@ -173,8 +173,11 @@ def test_bad_input_is_one_sentence() -> None:
     ):
         with pytest.raises(FastFisherError, match=message):
             EmpiricalBlockFisherInverse(*arguments, "cpu")  # type: ignore[arg-type]
-    with pytest.raises(FisherError, match="not finite"):
-        filled(torch.full((1, 10), torch.nan), 1, 4).diag()
+    for m in (1, 200):
+        broken = filled(torch.full((m, 10), torch.nan), m, 4)
+        for _ in range(2):  # it does not become another answer when it is asked for again
+            with pytest.raises(FisherError, match="not finite"):
+                broken.diag()
 
 
 @pytest.mark.parametrize(("m", "blocksize", "d"), [(40, 12, 50), (20, 64, 100), (30, None, 45), (6, 90, 30)])
