@@ -102,6 +102,40 @@ def loop_build(
     return states, diagonals(states)
 
 
+class ScriptLoop:
+    """F^-1 as pruning scripts keep it, [K, B, B] from I / damping, updated whenever a gradient comes (WoodFisher, eq.
+    3.4).
+
+    The steps are those of SparseML's class: padding by a copy, two contractions, an outer product by `baddbmm_`; so it
+    is slower than `loop_`, whose buffers are allocated once.
+    """
+
+    def __init__(self, num_grads: int, block_size: int, num_weights: int, damping: float) -> None:
+        self.num_grads, self.num_weights = num_grads, num_weights
+        num_blocks = -(-num_weights // block_size)
+        self.f_inv = scaled_identity(num_blocks, block_size, 1 / damping, torch.empty(0))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """A vector [d] with zeros behind it, as [K, B]."""
+        num_blocks, size = self.f_inv.shape[:2]
+        return torch.cat([x, x.new_zeros(num_blocks * size - len(x))]).view(num_blocks, size)
+
+    def add_grad(self, g: Tensor) -> None:
+        """f_inv -= v v^T / (m + g.v) with v = f_inv g.   g: [d]."""
+        g = self.rows(g)
+        v = torch.einsum("kij,kj->ki", self.f_inv, g)
+        v /= (self.num_grads + torch.einsum("ki,ki->k", g, v)).sqrt().unsqueeze(1)
+        self.f_inv.baddbmm_(v.unsqueeze(2), v.unsqueeze(1), alpha=-1)
+
+    def diag(self) -> Tensor:
+        """[d]."""
+        return self.f_inv.diagonal(dim1=1, dim2=2).flatten()[: self.num_weights]
+
+    def mul(self, v: Tensor) -> Tensor:
+        """F^-1 v, [d]."""
+        return torch.bmm(self.f_inv, self.rows(v).unsqueeze(2)).flatten()[: self.num_weights]
+
+
 def spd_inverse(matrix: Tensor) -> Tensor:
     """Inverse of every block: [K, B, B] -> [K, B, B]."""
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix).L)

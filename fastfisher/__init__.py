@@ -12,12 +12,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastfisher import compat as compat
     from fastfisher import errors as errors
     from fastfisher import ops as ops
     from fastfisher.fisher.blocks import BlockLayout as BlockLayout
     from fastfisher.fisher.inverse import FisherAccumulator as FisherAccumulator
     from fastfisher.fisher.inverse import FisherInverse as FisherInverse
     from fastfisher.fisher.inverse import inverse_diagonal as inverse_diagonal
+    from fastfisher.integrations.torch_prune import from_torch_masks as from_torch_masks
+    from fastfisher.integrations.torch_prune import to_torch_masks as to_torch_masks
+    from fastfisher.io import export_packed as export_packed
+    from fastfisher.io import load as load
+    from fastfisher.io import load_packed as load_packed
+    from fastfisher.io import save as save
     from fastfisher.ops import explain as explain
     from fastfisher.ops import use_backend as use_backend
     from fastfisher.prune.batchnorm import reestimate_batchnorm as reestimate_batchnorm
@@ -47,14 +54,21 @@ _HOME = {
     "Pruner": "fastfisher.prune.gradual",
     "Report": "fastfisher.report",
     "Tuning": "fastfisher.prune.tune",
+    "compat": "fastfisher.compat",
     "errors": "fastfisher.errors",
     "explain": "fastfisher.ops",
     "hold_sparsity": "fastfisher.prune.masks",
+    "export_packed": "fastfisher.io",
+    "from_torch_masks": "fastfisher.integrations.torch_prune",
     "inverse_diagonal": "fastfisher.fisher.inverse",
+    "load": "fastfisher.io",
+    "load_packed": "fastfisher.io",
     "ops": "fastfisher.ops",
     "plan": "fastfisher.prune.pruner",
     "prune": "fastfisher.prune.pruner",
     "reestimate_batchnorm": "fastfisher.prune.batchnorm",
+    "save": "fastfisher.io",
+    "to_torch_masks": "fastfisher.integrations.torch_prune",
     "tune": "fastfisher.prune.tune",
     "use_backend": "fastfisher.ops",
 }

@@ -247,15 +247,13 @@ def build_model(given: dict[str, Any]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise FastFisherError(f"model={spec!r} must return an nn.Module, got {type(model).__name__}")
     if weights is not None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_model
+        from fastfisher import io
 
         try:
-            load_model(model, weights)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise FastFisherError(
-                f"--weights {weights} does not load: {' '.join(str(error).split())}"
-            ) from error
+            # any safetensors file will do, such as a dense model; what prune saved must be as it was saved
+            io.load(weights, model, verify=io.KIND in io.read_metadata(weights))
+        except FastFisherError as error:
+            raise FastFisherError(f"--weights {weights} does not load: {error}") from error
     return model
 
 
@@ -366,10 +364,8 @@ def prune(
             report = ff.prune(network, batches, progress=progress, **given)
         show(report)
         if folder is not None:
-            from safetensors.torch import save_model
-
             report.save(folder)
-            save_model(network, str(Path(folder) / "model.safetensors"))
+            ff.save(network, Path(folder) / "model.safetensors", report=report)
             print(f"saved the report and model.safetensors in {folder}")
 
 

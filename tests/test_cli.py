@@ -95,6 +95,25 @@ def test_config_has_the_keys_of_the_python_call_and_flags_win(user: Path) -> Non
     run("eval", "--config", "run.yaml")  # keys that only prune has are left alone
 
 
+def test_weights_are_any_safetensors_file_but_a_changed_one(
+    user: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_model
+
+    model = cli.load("mine:model", "model")()
+    evaluate = ("eval", "mine:model", "--weights", "model.safetensors")
+    save_model(model, "model.safetensors")
+    run(*evaluate)
+    ff.save(model, "model.safetensors")
+    run(*evaluate)
+    content = Path("model.safetensors").read_bytes()
+    Path("model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    run(*evaluate, code=cli.BAD_INPUT)
+    assert (
+        "--weights model.safetensors does not load: 'model.safetensors' is changed" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
