@@ -16,7 +16,6 @@ from tests import tables
 ROOT = Path(__file__).resolve().parents[2]
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("triton compile")
 
 # What the time of a pruning run goes into on a GPU.  The others prepare or finish, or serve blocks that no chip holds.
 HOT = {
@@ -48,10 +47,8 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one progra
 TUNED_FOR = "3.6."
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def usages(path: Path) -> list[dict]:
     """What every kernel uses, by a process of its own: here the kernels are interpreted."""
-    path = tmp_path_factory.mktemp("compiled") / "rows.json"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.compile_triton", "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -77,7 +74,8 @@ def largest(rows: list[dict]) -> str:
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles(rows: list[dict]) -> None:
+def test_every_kernel_compiles_and_hot_ones_do_not_spill(tmp_path: Path) -> None:
+    rows = usages(tmp_path / "rows.json")
     assert {row["architecture"] for row in rows} == set(SHARED)
     assert {row["kernel"] for row in rows} >= HOT
     wrong = [
@@ -88,10 +86,6 @@ def test_every_kernel_compiles(rows: list[dict]) -> None:
     assert not wrong, "\n".join(wrong)
     for row in rows:
         assert row["shared"] <= SHARED[row["architecture"]], row
-
-
-@pytest.mark.slow
-def test_hot_kernels_do_not_spill(rows: list[dict]) -> None:
     if not version("triton").startswith(TUNED_FOR):
         pytest.skip(f"tuned for Triton {TUNED_FOR}x, this is {version('triton')}")
     spilling = [
