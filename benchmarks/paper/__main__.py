@@ -25,6 +25,8 @@ COMMANDS = (
     "recomputed resnet20 --seeds 1",
     "methods mlpnet",
     "methods resnet20 --seeds 1",
+    "gradual mlpnet",
+    "gradual resnet20",
     "page",
 )
 

@@ -5,6 +5,7 @@ done.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from benchmarks.paper import (
     chunk_size,
     data,
     experiment,
+    gradual,
     hessian_fisher,
     kfac_blocks,
     layers,
@@ -175,6 +177,20 @@ def _run(main: Callable[[list[str]], None], folder: Path, out: Path, arguments: 
     assert record["held"] == experiment.verdict(record["bars"])
     assert record["command"].startswith("python -m benchmarks.paper.")
     return curves, record
+
+
+def test_gradual_methods_end_at_their_sparsity(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradual, "EVERY", 1)
+    few = dataclasses.replace(gradual.NETWORKS["mlpnet"], num_grads=8)
+    monkeypatch.setitem(gradual.NETWORKS, "mlpnet", few)
+    arguments = "mlpnet --samples 20 --epochs 4 --sparsities 0.5 0.9"
+    curves, record = _run(gradual.main, folder, tmp_path, arguments)
+    assert set(curves.labels()) == {f"{m}, {s}" for m in gradual.METHODS for s in ("50%", "90%")}
+    assert ("WoodFisher, 90%", 1.5) in curves.values
+    assert ("DPF, 90%", 1.5) not in curves.values
+    assert len(record["bars"]) == 2
 
 
 def test_every_method_runs_at_every_sparsity_and_pattern(
