@@ -19,7 +19,7 @@ from fastfisher.report import Report, named_scores
 MOST_RUNS = 8  # colours that can be told from each other, also by the colour-blind
 # Of a picture in its own units, which are pixels on a phone.
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 34
+LEFT, RIGHT, TOP, BOTTOM, PAD = 46, 6, 12, 34, 6
 
 Point = tuple[float, float]
 
@@ -125,11 +125,13 @@ def number(value: object) -> str:
     return f"{value:.4g}"
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Some `count` round numbers from at most `low` to at least `high`."""
+def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
+    """Some `count` round numbers from at most `low` to at least `high`; whole: no fractions."""
     rough = (high - low) / (count - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(f for f in (1, 2, 2.5, 5, 10) if f * power >= rough * 0.999)
+    if whole:
+        step = math.ceil(step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
@@ -145,17 +147,18 @@ class _Plot:
         low, high = (0.0, 1.0) if percent else (min([*ys, *([0.0] if zero else [])]), max(ys))
         self.y_ticks = ticks(low, high if high > low else low + (abs(low) or 1.0))
         self.left, self.right = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+        self.whole = all(x == int(x) for x in xs)
         self.title, self.unit, self.percent = title, unit, percent
         self.parts: list[str] = []
 
     def x(self, x: float) -> float:
-        return LEFT + (x - self.left) / (self.right - self.left) * (WIDTH - LEFT - RIGHT)
+        return LEFT + PAD + (x - self.left) / (self.right - self.left) * (WIDTH - LEFT - RIGHT - 2 * PAD)
 
     def y(self, y: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
         return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    def line(self, points: Sequence[Point], color: int, *, stairs: bool = False) -> None:
+    def line(self, points: Sequence[Point], color: int, *, stairs: bool = False, kind: str = "line") -> None:
         """A curve with a gap wherever a value is not finite; stairs: a value holds until the next."""
         path, height = "", None
         for x, y in points:
@@ -167,7 +170,7 @@ class _Plot:
             else:
                 path += (f"H{self.x(x):.1f}" if stairs else "") + f"L{self.x(x):.1f} {self.y(y):.1f}"
             height = y
-        self.parts.append(f'<path class="line" style="stroke:var(--run{color})" d="{path}"/>')
+        self.parts.append(f'<path class="{kind}" style="stroke:var(--run{color})" d="{path}"/>')
 
     def dot(self, point: Point, color: int, says: str, *, hollow: bool = False) -> None:
         if math.isfinite(point[1]):
@@ -178,20 +181,13 @@ class _Plot:
                 f"<title>{escape(says)}</title></circle>"
             )
 
-    def stick(self, x: float, low: float, high: float, color: int) -> None:
-        if math.isfinite(low) and math.isfinite(high):
-            self.parts.append(
-                f'<path class="stick" style="stroke:var(--run{color})" '
-                f'd="M{self.x(x):.1f} {self.y(low):.1f}V{self.y(high):.1f}"/>'
-            )
-
     def __str__(self) -> str:
         axes = []
         for y in self.y_ticks:
             at, text = self.y(y), f"{100 * y:g} %" if self.percent else f"{y:g}"
             axes.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
             axes.append(f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" class="end">{text}</text>')
-        for x in ticks(self.left, self.right, 6):
+        for x in ticks(self.left, self.right, 6, whole=self.whole):
             if self.left <= x <= self.right:
                 axes.append(f'<text x="{self.x(x):.1f}" y="{HEIGHT - 18}" class="mid">{x:g}</text>')
         middle = (LEFT + WIDTH - RIGHT) / 2
@@ -200,10 +196,8 @@ class _Plot:
 
 
 def _figure(title: str, height: float, parts: Iterable[str]) -> str:
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
-    )
+    picture = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    return f"<figure><figcaption>{escape(title)}</figcaption>{picture}</figure>"
 
 
 def _section(title: str, text: str, body: str, kind: str = "wall") -> str:
@@ -238,29 +232,29 @@ def _overview(runs: Sequence[Run]) -> str:
     rows = []
     for i, run in enumerate(runs, 1):
         last = run.last
-        losses = [p for p in (run.before[-1:] + run.after[-1:])]
+        losses = run.before[-1:] + run.after[-1:]
         final = [f"{escape(key)} {number(points[-1][1])}" for key, points in run.scores.items()]
         final = final or [f"{escape(k)} {number(v)}" for k, v in named_scores(last.pruned).items()]
         rows.append(
             [
                 _chip(i, run.name),
-                escape(f"{last.method}, {last.scope}"),
                 f"{last.num_zeros / last.num_weights:.2%}",
+                "<br>".join(final) or "–",
+                " → ".join(number(loss) for _, loss in losses) or "–",
+                escape(f"{last.method}, {last.scope}"),
                 f"{last.num_zeros:,} of {last.num_weights:,}",
                 f"{last.compression_ratio:.2f}",
-                " → ".join(number(loss) for _, loss in losses) or "–",
-                "<br>".join(final) or "–",
                 f"{sum(run.seconds.values()):.3g} s",
             ]
         )
     head = [
         "run",
-        "method",
         "sparsity",
+        "scores",
+        "loss, last pruning",
+        "method",
         "zeros",
         "compression",
-        "loss, last pruning",
-        "scores",
         "pruning took",
     ]
     return _section("Overview", "", _table(head, rows), "wide")
@@ -274,10 +268,14 @@ def _over_time(runs: Sequence[Run]) -> str:
         plot = _Plot(
             f"share of zeros, by {unit}", [p for _, r in chosen for p in r.sparsity], unit, percent=True
         )
+        drawn: list[list[Point]] = []
         for i, run in chosen:
-            plot.line(run.sparsity, i, stairs=True)
-            for when, share in run.sparsity:
-                plot.dot((when, share), i, f"{run.name}, {unit} {when:g}: {share:.2%}")
+            # dashes over a curve that is the same leave both to be seen
+            plot.line(run.sparsity, i, stairs=True, kind="line dashed" if run.sparsity in drawn else "line")
+            if run.sparsity not in drawn:
+                for when, share in run.sparsity:
+                    plot.dot((when, share), i, f"{run.name}, {unit} {when:g}: {share:.2%}")
+            drawn.append(run.sparsity)
         pictures.append(f"<div>{plot}{_legend(chosen)}</div>")
     return _section("Sparsity over time", "", "".join(pictures))
 
@@ -286,26 +284,23 @@ def _losses(runs: Sequence[Run]) -> str:
     every = [p for run in runs for p in run.before + run.after]
     if not every:
         return ""
+    scale = _Plot("", every, "", zero=True).y_ticks
     pictures = []
     for i, run in enumerate(runs, 1):
         if not run.before + run.after:
             continue
-        plot = _Plot(run.name, [], run.unit)
-        own = _Plot("", [*run.before, *run.after], run.unit)
-        plot.left, plot.right, plot.y_ticks = own.left, own.right, _Plot("", every, "", zero=True).y_ticks
-        plot.line(run.before if run.unit == "recomputation" else [], i)
-        after = dict(run.after)
-        for when, loss in run.before:
-            if when in after:
-                plot.stick(when, loss, after[when], i)
-            plot.dot((when, loss), i, f"{run.unit} {when:g}, before: {number(loss)}", hollow=True)
-        for when, loss in run.after:
-            plot.dot((when, loss), i, f"{run.unit} {when:g}, after: {number(loss)}")
+        plot = _Plot(run.name, run.before + run.after, run.unit)
+        plot.y_ticks = scale
+        # at each time from the loss before to that after, and on to the next
+        plot.line(sorted(run.before + run.after, key=lambda point: point[0]), i, kind="line thin")
+        for points, word in ((run.before, "before"), (run.after, "after")):
+            for when, loss in points:
+                says = f"{run.unit} {when:g}, {word}: {number(loss)}"
+                plot.dot((when, loss), i, says, hollow=word == "before")
         pictures.append(str(plot))
-    told = (
-        "Mean loss on the samples that gave the gradients: hollow before a pruning, filled after it. "
-        "All pictures have one scale."
-    )
+    told = "Mean loss on the samples that gave the gradients: hollow before a pruning, filled after it."
+    if len(pictures) > 1:
+        told += " All pictures have one scale."
     return _section("Loss before and after each pruning", told, "".join(pictures))
 
 
@@ -313,7 +308,7 @@ def _heat(run: Run) -> str:
     """A row for each layer, a column for each pruning, the darker the sparser."""
     names = [layer.name.removesuffix(".weight") for layer in run.last.layers]
     shares = [{row.name: row.sparsity for row in report.layers} for report in run.reports]
-    left, right, row = 122, 40, 15
+    left, right, row = min(16 + 6 * max(map(len, names)), 130), 48, 15
     wide = (WIDTH - left - right) / len(shares)
     parts = []
     for j, (layer, name) in enumerate(zip(run.last.layers, names, strict=True)):
@@ -380,8 +375,9 @@ def _timings(runs: Sequence[Run]) -> str:
         cells = []
         for i, run in enumerate(runs, 1):
             seconds = run.seconds.get(phase)
-            bar = f'<i style="width:{100 * (seconds or 0) / most:.1f}%;background:var(--run{i})"></i>'
-            cells.append(f'<span class="bar">{bar}</span>{"–" if seconds is None else f"{seconds:.3g} s"}')
+            width = 100 * (seconds or 0.0) / most
+            bar = f'<span class="bar"><i style="width:{width:.1f}%;background:var(--run{i})"></i></span>'
+            cells.append("–" if seconds is None else f"{bar}{seconds:.3g} s")
         rows.append([escape(phase), *cells])
     rows.append(["all", *(f"{sum(run.seconds.values()):.3g} s" for run in runs)])
     head = ["phase", *(_chip(i, run.name) for i, run in enumerate(runs, 1))]
@@ -423,7 +419,7 @@ def _settings(runs: Sequence[Run]) -> str:
     head = ["", *(_chip(i, run.name) for i, run in enumerate(runs, 1))]
     told = "Of the last pruning." + (" Rows in which runs differ are marked." if len(runs) > 1 else "")
     table = _table(head, rows, lambda i: len(set(rows[i][1:])) > 1)
-    return _section("Settings", told, table, "wide")
+    return _section("Settings", told, table, "wide text")
 
 
 def _notes(runs: Sequence[Run]) -> str:
@@ -450,8 +446,8 @@ def _figures(runs: Sequence[Run]) -> str:
         tables.append(
             f"<div>{_chip(i, run.name)}{_table([run.unit, 'sparsity', 'loss before', 'after'], rows)}</div>"
         )
-    body = f"<details><summary>Sparsity and loss as numbers</summary><div class='wall'>{''.join(tables)}</div></details>"
-    return f"<section>{body}</section>"
+    body = f"<summary>Sparsity and loss as numbers</summary><div class='wall'>{''.join(tables)}</div>"
+    return f"<section><details>{body}</details></section>"
 
 
 STYLE = """
@@ -472,15 +468,17 @@ figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; margin: 6p
 svg { display: block; width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--ink); }
 svg .end { text-anchor: end; } svg .mid { text-anchor: middle; } svg .soft { fill: var(--soft); }
 .grid { stroke: var(--rule); stroke-width: 1; } .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.dot { stroke-width: 1.5; } .stick { fill: none; stroke-width: 2; opacity: .55; }
+.dot { stroke-width: 1.5; } .thin { stroke-width: 1.5; opacity: .6; } .dashed { stroke-dasharray: 7 7; }
 .heat { fill: var(--heat); stroke: var(--rule); stroke-width: .5; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-top: 4px; font-size: 13px; }
 .run { white-space: nowrap; } .run i { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
   margin-right: 6px; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: 4px 20px 4px 0; border-bottom: 1px solid var(--rule); }
-thead th { color: var(--soft); font-weight: 500; white-space: nowrap; } tbody th { font-weight: 500; white-space: nowrap; }
-td { white-space: nowrap; max-width: 420px; overflow-wrap: anywhere; } .text td:last-child { white-space: normal; }
+thead th { color: var(--soft); } th { font-weight: 500; white-space: nowrap; }
+th:first-child { position: sticky; left: 0; background: var(--page); }
+td { white-space: nowrap; } 
+.text td { white-space: normal; min-width: 130px; max-width: 75ch; overflow-wrap: anywhere; }
 .differs td { background: var(--mark); }
 .bar { display: inline-block; width: 90px; margin-right: 8px; } .bar i { display: block; height: 9px; min-width: 1px;
   border-radius: 0 3px 3px 0; }
@@ -491,7 +489,7 @@ summary { cursor: pointer; margin: 28px 0 8px; font-weight: 600; }
 def page(runs: Sequence[Run]) -> str:
     """The page as HTML."""
     heats = "".join(_heat(run) for run in runs)
-    told = "The share of zeros in each layer after each pruning: the stronger the colour, the sparser; its end at the right."
+    told = "The share of zeros in each layer after each pruning, in the end also as a number; a stronger colour is more."
     title = f"fastfisher: {', '.join(run.name for run in runs)}"
     sections = (
         _overview(runs),
