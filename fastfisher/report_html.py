@@ -129,7 +129,7 @@ def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> li
     """Some `count` round numbers from at most `low` to at least `high`; whole: no fractions."""
     rough = (high - low) / (count - 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(f for f in (1, 2, 2.5, 5, 10) if f * power >= rough * 0.999)
+    step = power * next(f for f in (1, 2, 2.5, 5, 10) if f * power >= rough * 0.9)
     if whole:
         step = math.ceil(step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -477,7 +477,7 @@ table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabula
 th, td { text-align: left; vertical-align: top; padding: 4px 20px 4px 0; border-bottom: 1px solid var(--rule); }
 thead th { color: var(--soft); } th { font-weight: 500; white-space: nowrap; }
 th:first-child { position: sticky; left: 0; background: var(--page); }
-td { white-space: nowrap; } 
+td { white-space: nowrap; }
 .text td { white-space: normal; min-width: 130px; max-width: 75ch; overflow-wrap: anywhere; }
 .differs td { background: var(--mark); }
 .bar { display: inline-block; width: 90px; margin-right: 8px; } .bar i { display: block; height: 9px; min-width: 1px;
@@ -489,7 +489,7 @@ summary { cursor: pointer; margin: 28px 0 8px; font-weight: 600; }
 def page(runs: Sequence[Run]) -> str:
     """The page as HTML."""
     heats = "".join(_heat(run) for run in runs)
-    told = "The share of zeros in each layer after each pruning, in the end also as a number; a stronger colour is more."
+    told = "The share of zeros in each layer after each pruning, at the end as a number too; a stronger colour is more."
     title = f"fastfisher: {', '.join(run.name for run in runs)}"
     sections = (
         _overview(runs),
