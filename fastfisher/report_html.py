@@ -149,6 +149,7 @@ class _Plot:
         self.left, self.right = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
         self.whole = all(x == int(x) for x in xs)
         self.title, self.unit, self.percent = title, unit, percent
+        self.radius = 3.5 if len(set(xs)) <= 16 else 2.2
         self.parts: list[str] = []
 
     def x(self, x: float) -> float:
@@ -176,7 +177,7 @@ class _Plot:
         if math.isfinite(point[1]):
             ink = f"var(--run{color})"
             self.parts.append(
-                f'<circle cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}" r="3.5" class="dot" '
+                f'<circle cx="{self.x(point[0]):.1f}" cy="{self.y(point[1]):.1f}" r="{self.radius}" class="dot" '
                 f'style="stroke:{ink};fill:{"var(--page)" if hollow else ink}">'
                 f"<title>{escape(says)}</title></circle>"
             )
@@ -232,7 +233,6 @@ def _overview(runs: Sequence[Run]) -> str:
     rows = []
     for i, run in enumerate(runs, 1):
         last = run.last
-        losses = run.before[-1:] + run.after[-1:]
         final = [f"{escape(key)} {number(points[-1][1])}" for key, points in run.scores.items()]
         final = final or [f"{escape(k)} {number(v)}" for k, v in named_scores(last.pruned).items()]
         rows.append(
@@ -240,7 +240,9 @@ def _overview(runs: Sequence[Run]) -> str:
                 _chip(i, run.name),
                 f"{last.num_zeros / last.num_weights:.2%}",
                 "<br>".join(final) or "–",
-                " → ".join(number(loss) for _, loss in losses) or "–",
+                "–"
+                if last.loss_pruned is None
+                else f"{number(last.loss_dense)} → {number(last.loss_pruned)}",
                 escape(f"{last.method}, {last.scope}"),
                 f"{last.num_zeros:,} of {last.num_weights:,}",
                 f"{last.compression_ratio:.2f}",
@@ -304,28 +306,40 @@ def _losses(runs: Sequence[Run]) -> str:
     return _section("Loss before and after each pruning", told, "".join(pictures))
 
 
+def _labels(names: Sequence[str], most: int = 20) -> list[str]:
+    """Names of layers without the part that all begin with, and cut in the middle where they are long."""
+    words = [name.split(".") for name in names]
+    common = 0
+    while len({tuple(word[: common + 1]) for word in words}) == 1 < min(map(len, words)) - common:
+        common += 1
+    short = [".".join(word[common:]) for word in words]
+    return [name if len(name) <= most else f"{name[:8]}…{name[9 - most :]}" for name in short]
+
+
 def _heat(run: Run) -> str:
     """A row for each layer, a column for each pruning, the darker the sparser."""
     names = [layer.name.removesuffix(".weight") for layer in run.last.layers]
     shares = [{row.name: row.sparsity for row in report.layers} for report in run.reports]
-    left, right, row = min(16 + 6 * max(map(len, names)), 130), 48, 15
+    labels = _labels(names)
+    left, right, row = 12 + 6 * max(map(len, labels)), 52, 15
     wide = (WIDTH - left - right) / len(shares)
+    gap = 1 if wide > 8 else 0  # between narrow cells gaps would be stripes
     parts = []
-    for j, (layer, name) in enumerate(zip(run.last.layers, names, strict=True)):
-        short, y = name if len(name) <= 20 else f"…{name[-19:]}", 4 + row * j
+    for j, (layer, name, label) in enumerate(zip(run.last.layers, names, labels, strict=True)):
+        y = 4 + row * j
         parts.append(
-            f'<text x="{left - 5}" y="{y + 10.5}" class="end">{escape(short)}<title>{escape(name)}</title></text>'
+            f'<text x="{left - 5}" y="{y + 10.5}" class="end">{escape(label)}<title>{escape(name)}</title></text>'
         )
         for i, (when, share) in enumerate(zip(run.times, shares, strict=True)):
             value = share.get(layer.name, 0.0)
             says = f"{name}, {run.unit} {when:g}: {value:.2%}"
             parts.append(
-                f'<rect x="{left + i * wide:.1f}" y="{y}" width="{max(wide - 1, 0.5):.1f}" height="{row - 1}" '
+                f'<rect x="{left + i * wide:.1f}" y="{y}" width="{wide - gap:.1f}" height="{row - 1}" '
                 f'class="heat" style="fill-opacity:{value:.3f}"><title>{escape(says)}</title></rect>'
             )
         parts.append(f'<text x="{WIDTH - right + 5}" y="{y + 10.5}">{100 * layer.sparsity:.1f} %</text>')
     bottom = 4 + row * len(names)
-    shown = max(1, math.ceil(len(shares) / 6))
+    shown = math.ceil((7 * max(len(f"{when:g}") for when in run.times) + 6) / wide)
     for i, when in enumerate(run.times):
         if i % shown == 0 and len(shares) > 1:
             parts.append(
@@ -414,7 +428,7 @@ def _settings(runs: Sequence[Run]) -> str:
         }
 
     found = [of(run.last) for run in runs]
-    keys = [key for key in found[0] if any(content[key] is not None for content in found)]
+    keys = [key for key in found[0] if any(content[key] not in (None, "") for content in found)]
     rows = [[escape(key), *(escape(number(content[key])) for content in found)] for key in keys]
     head = ["", *(_chip(i, run.name) for i, run in enumerate(runs, 1))]
     told = "Of the last pruning." + (" Rows in which runs differ are marked." if len(runs) > 1 else "")
@@ -423,13 +437,16 @@ def _settings(runs: Sequence[Run]) -> str:
 
 
 def _notes(runs: Sequence[Run]) -> str:
-    rows = [
-        [_chip(i, run.name), f"{run.unit} {when:g}" if run.unit != "recomputation" else "", escape(note)]
-        for i, run in enumerate(runs, 1)
-        for when, report in zip(run.times, run.reports, strict=True)
-        for note in report.notes
-    ]
-    return _section("Notes", "", _table(["run", "when", "note"], rows), "wide text") if rows else ""
+    items = []
+    for i, run in enumerate(runs, 1):
+        times: dict[str, list[str]] = {}
+        for when, report in zip(run.times, run.reports, strict=True):
+            for note in report.notes:
+                times.setdefault(note, []).append(f"{when:g}")
+        for note, whens in times.items():
+            at = "" if run.unit == "recomputation" else f" ({run.unit} {', '.join(whens)})"
+            items.append(f"<li>{_chip(i, run.name)}{escape(at)}<br>{escape(note)}</li>")
+    return _section("Notes", "", f"<ul>{''.join(items)}</ul>", "wide") if items else ""
 
 
 def _figures(runs: Sequence[Run]) -> str:
@@ -469,7 +486,7 @@ svg { display: block; width: 100%; height: auto; } svg text { font-size: 11px; f
 svg .end { text-anchor: end; } svg .mid { text-anchor: middle; } svg .soft { fill: var(--soft); }
 .grid { stroke: var(--rule); stroke-width: 1; } .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .dot { stroke-width: 1.5; } .thin { stroke-width: 1.5; opacity: .6; } .dashed { stroke-dasharray: 7 7; }
-.heat { fill: var(--heat); stroke: var(--rule); stroke-width: .5; }
+.heat { fill: var(--heat); shape-rendering: crispEdges; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-top: 4px; font-size: 13px; }
 .run { white-space: nowrap; } .run i { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
   margin-right: 6px; }
@@ -479,6 +496,8 @@ thead th { color: var(--soft); } th { font-weight: 500; white-space: nowrap; }
 th:first-child { position: sticky; left: 0; background: var(--page); }
 td { white-space: nowrap; }
 .text td { white-space: normal; min-width: 130px; max-width: 75ch; overflow-wrap: anywhere; }
+ul { list-style: none; margin: 0; padding: 0; } li { margin: 6px 0 10px; max-width: 90ch; }
+@media (max-width: 600px) { th:first-child { max-width: 42vw; overflow: hidden; text-overflow: ellipsis; } }
 .differs td { background: var(--mark); }
 .bar { display: inline-block; width: 90px; margin-right: 8px; } .bar i { display: block; height: 9px; min-width: 1px;
   border-radius: 0 3px 3px 0; }

@@ -233,6 +233,29 @@ def test_names_and_notes_are_text(tmp_path: Path) -> None:
     assert {"a&b", f"{HOSTILE}, by epoch"} <= set(pictures(text))
 
 
+def test_labels_keep_what_tells_layers_apart() -> None:
+    assert report_html._labels(["model.layers.0.q", "model.layers.0.k", "model.layers.1.q"]) == [
+        "0.q",
+        "0.k",
+        "1.q",
+    ]
+    assert report_html._labels(["a.b", "a.b.c", "a.d"]) == ["b", "b.c", "d"]
+    assert report_html._labels(["a", "b.c"]) == ["a", "b.c"]
+    assert report_html._labels(["layer.weight"]) == ["weight"]
+    (long, _) = report_html._labels(["0.self_attention.query_projection", "1.x"])
+    assert (long, len(long)) == ("0.self_a…_projection", 20)
+
+
+def test_a_note_is_told_once_with_its_times(tmp_path: Path) -> None:
+    for when, notes in ((1, ["few"]), (2, []), (3, ["few", "other"])):
+        runlog.append(tmp_path / "a.jsonl", "epoch", when, report=made(0.2 * when, notes=notes).to_dict())
+    write_page([tmp_path / "a.jsonl"], tmp_path / "page.html")
+    words = Balanced((tmp_path / "page.html").read_text(encoding="utf-8")).words
+    assert words.count("few") == 1
+    assert words[words.index("few") - 1] == " (epoch 1, 3)"
+    assert words[words.index("other") - 1] == " (epoch 3)"
+
+
 @pytest.mark.parametrize(
     ("low", "high", "whole", "expected"),
     [
