@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from fastfisher.integrations.torch_prune import to_torch_masks as to_torch_masks
     from fastfisher.io import export_packed as export_packed
     from fastfisher.io import load as load
+    from fastfisher.io import load_checkpoint as load_checkpoint
     from fastfisher.io import load_packed as load_packed
     from fastfisher.io import save as save
+    from fastfisher.io import save_checkpoint as save_checkpoint
     from fastfisher.ops import explain as explain
     from fastfisher.ops import use_backend as use_backend
     from fastfisher.prune.batchnorm import reestimate_batchnorm as reestimate_batchnorm
@@ -62,12 +64,14 @@ _HOME = {
     "from_torch_masks": "fastfisher.integrations.torch_prune",
     "inverse_diagonal": "fastfisher.fisher.inverse",
     "load": "fastfisher.io",
+    "load_checkpoint": "fastfisher.io",
     "load_packed": "fastfisher.io",
     "ops": "fastfisher.ops",
     "plan": "fastfisher.prune.pruner",
     "prune": "fastfisher.prune.pruner",
     "reestimate_batchnorm": "fastfisher.prune.batchnorm",
     "save": "fastfisher.io",
+    "save_checkpoint": "fastfisher.io",
     "to_torch_masks": "fastfisher.integrations.torch_prune",
     "tune": "fastfisher.prune.tune",
     "use_backend": "fastfisher.ops",

@@ -528,12 +528,37 @@ def evaluate_verb(
 
 
 @app.command(epilog=EXIT_CODES)
-def report(folder: Annotated[Path, typer.Argument(help="Where prune --out or Report.save wrote.")]) -> None:
-    """Print a saved report."""
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders that prune --out or Report.save wrote, or logs of ff.Pruner (.jsonl)."),
+    ],
+    html: Annotated[Path | None, typer.Option(help="File for one page that shows all of them.")] = None,
+) -> None:
+    """Print what runs did, or draw them side by side on a page."""
     with exit_codes():
-        from fastfisher.report import Report
+        from fastfisher.report_html import find_runs, write_page
 
-        show(Report.load(folder))
+        if html is not None:
+            found = write_page(runs, html)
+            print(f"saved a page of {len(found)} run{'s' if len(found) > 1 else ''} in {html}")
+            return
+        for run in find_runs(runs):
+            if run.unit == "recomputation":
+                show(run.last)
+                continue
+            before, after = dict(run.before), dict(run.after)
+            rows = [
+                (
+                    f"{when:g}",
+                    f"{one.num_zeros / one.num_weights:.2%}",
+                    *(f"{loss[when]:.4g}" if when in loss else "-" for loss in (before, after)),
+                    f"{sum(one.seconds.values()):.2f}",
+                )
+                for when, one in zip(run.times, run.reports, strict=True)
+            ]
+            columns = (run.unit, "sparsity", "loss before", "loss after", "seconds")
+            table(f"{run.name}: {run.last.method}, {run.last.scope} scope", *columns, rows=rows)
 
 
 @app.command(epilog=EXIT_CODES)

@@ -1,6 +1,7 @@
-"""Models with plain zeros <-> files: `save` and `load` for any loader, `export_packed` and `load_packed` for few bytes.
+"""Models with plain zeros <-> files: `save` and `load` for any loader, `export_packed` and `load_packed` for few bytes,
+`save_checkpoint` and `load_checkpoint` for a training run that may be killed at any moment.
 
-Both are safetensors files.  `save` writes every tensor as it is, so that any safetensors loader reads it.
+The first two are safetensors files.  `save` writes every tensor as it is, so that any safetensors loader reads it.
 `export_packed` writes, of tensors where that is smaller, the nonzero values in order and a bitmask of where they are:
 nnz · itemsize + ⌈n / 8⌉ bytes in place of n · itemsize.  Tensors that share memory exactly are written once.
 The metadata hold a fingerprint (SHA-256 over names, dtypes, shapes and bytes), and loading compares it.
@@ -11,7 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
+import re
 import secrets
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +44,7 @@ KIND, FINGERPRINT, ZEROS, TIED, REPORT, SHAPES = (
     "fastfisher.shapes",
 )
 PLAIN, PACKED = "plain 1", "packed 1"
+CHECKPOINT = "fastfisher checkpoint 1"
 VALUES, MASK = "values:", "mask:"  # before the names of the two tensors that a packed one is written as
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> what reads the bits
 
@@ -161,6 +166,55 @@ def load_packed(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return state
 
 
+def save_checkpoint(path: str | os.PathLike[str], **states: Any) -> None:
+    """Write the states of a training run, so that at every moment the path holds all of the old file or of the new one.
+
+        ff.save_checkpoint("run/last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
+                           pruner=pruner.state_dict(), rng=torch.get_rng_state(), epoch=epoch + 1)
+
+    states: tensors, numbers, texts, and lists or dictionaries of them, under names of yours.
+    The file is one of torch.save, flushed to the disk and read again before it takes the place of an older one; its
+    folder is made if absent.  A process that is killed while it writes leaves a hidden file beside it.
+    Raises FastFisherError where a state holds objects that torch.load refuses with weights_only=True, before the older
+    file is touched; OSError where the file cannot be written.
+    """
+    try:
+        with _replacing(path) as beside:
+            torch.save({KIND: CHECKPOINT, "states": states}, beside)
+            # mapped, so that only the names and shapes are read
+            torch.load(beside, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        raise FastFisherError(
+            f"a checkpoint takes tensors, numbers, texts, and lists or dictionaries of them; in one of "
+            f"{', '.join(states)}: {_reason(error)}"
+        ) from error
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The states that `save_checkpoint` wrote, by name, on the CPU; load_state_dict takes them to where they belong.
+
+    No code in the file is run.   Raises FastFisherError where it is missing, cut off, changed, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FastFisherError(f"there is no file {str(path)!r}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+        if changed is not None:
+            raise FastFisherError(f"{str(path)!r} is changed: the checksum of {changed!r} is not its own")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.PickleError, zipfile.BadZipFile) as error:
+        raise FastFisherError(
+            f"{str(path)!r} cannot be read as a checkpoint, it is truncated or of another kind: {_reason(error)}"
+        ) from error
+    if not isinstance(content, dict) or content.get(KIND) != CHECKPOINT:
+        found = content.get(KIND) if isinstance(content, dict) else None
+        what = "was not written by ff.save_checkpoint" if found is None else f"is of the kind {found!r}"
+        raise FastFisherError(f"{str(path)!r} {what}; this version reads {CHECKPOINT!r}")
+    return dict(content["states"])
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The metadata of a safetensors file, empty where it has none.   Raises FastFisherError where it is none."""
     with _opened(path) as file:
@@ -175,6 +229,13 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """Why torch.load or torch.save gave up, without the paragraphs on how to load what cannot be trusted."""
+    reason = " ".join(str(error).split())
+    unknown = re.search(r"GLOBAL ([\w.]+)", reason)
+    return f"objects of {unknown[1]} are no plain data" if unknown else reason[:200]
 
 
 def _zeros(tensor: Tensor) -> int:
@@ -248,13 +309,22 @@ def _unpacked(values: Tensor, mask: Tensor, shape: list[int]) -> Tensor:
 
 
 def _write(tensors: dict[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside the path and put it there when it is complete."""
+    with _replacing(path) as beside:
+        # "format" is what other loaders look for
+        save_file(tensors, str(beside), metadata={"format": "pt", **metadata})
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file beside the path to be written, which takes its place, complete and on the disk, when the block ends."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        # "format" is what other loaders look for
-        save_file(tensors, str(beside), metadata={"format": "pt", **metadata})
+        yield beside
+        with beside.open("r+b") as file:
+            # without it a power cut may leave the new name with none of the new bytes
+            os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -154,9 +154,11 @@ class Report:
 
     def _scores(self) -> str:
         rows = []
-        for key in dict.fromkeys([*_scores(self.dense), *_scores(self.control), *_scores(self.pruned)]):
+        for key in dict.fromkeys(
+            [*named_scores(self.dense), *named_scores(self.control), *named_scores(self.pruned)]
+        ):
             row = [key]
-            for scores in map(_scores, (self.dense, self.control, self.pruned)):
+            for scores in map(named_scores, (self.dense, self.control, self.pruned)):
                 row.append(f"{scores[key]:.4f}" if key in scores else "-")
             rows.append(row)
         table = align([["", "dense", "magnitude", "pruned"], *rows]) if rows else ""
@@ -296,7 +298,7 @@ class Report:
         return figure
 
 
-def _scores(result: Any) -> dict[str, float]:
+def named_scores(result: Any) -> dict[str, float]:
     """What eval_fn returned, by name."""
     if result is None:
         return {}

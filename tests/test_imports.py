@@ -13,7 +13,19 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fastfisher"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each room may import from itself and from the rooms behind it in this list.
-ORDER = ("cli", "bench", "integrations", "compat", "io", "prune", "report", "fisher", "ops")
+ORDER = (
+    "cli",
+    "bench",
+    "integrations",
+    "compat",
+    "io",
+    "prune",
+    "report_html",
+    "runlog",
+    "report",
+    "fisher",
+    "ops",
+)
 # What every room may import; these import none of the rooms.
 SHARED = ("environment", "errors", "memory", "_build_info", "__version__")
 # doctor looks at every room; the package root names them without importing them before they are asked for.

@@ -6,9 +6,11 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.utils.prune
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -318,3 +320,79 @@ def test_fingerprint_tells_names_shapes_dtypes_and_bits_apart() -> None:
         base
     )
     assert len({io.fingerprint(state) for state in (base, *others)}) == 5
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    model = Tied()
+    optimizer = torch.optim.Adam(model.parameters())
+    model.mix(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    path = tmp_path / "new" / "last.pt"
+    ff.save_checkpoint(path, epoch=1)
+    ff.save_checkpoint(
+        path,
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        rng=torch.get_rng_state(),
+        best={"epoch": 3, "accuracy": 0.25, "files": ["a", None]},
+    )
+    found = ff.load_checkpoint(path)
+    assert list(found) == ["model", "optimizer", "rng", "best"]
+    assert_same_bits(found["model"], model.state_dict())
+    for i, state in optimizer.state_dict()["state"].items():
+        assert_same_bits(found["optimizer"]["state"][i], state)
+    assert torch.equal(found["rng"], torch.get_rng_state())
+    assert found["best"] == {"epoch": 3, "accuracy": 0.25, "files": ["a", None]}
+    assert os.listdir(path.parent) == ["last.pt"]
+
+
+def test_a_checkpoint_that_could_not_be_read_never_replaces_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "last.pt"
+    ff.save_checkpoint(path, epoch=1)
+    content = path.read_bytes()
+    for bad, reason in (
+        (np.zeros(3), r"numpy\.\w+\.multiarray\._reconstruct are no plain data"),
+        (nn.Linear(2, 2), r"objects of torch\.nn\.modules\.linear\.Linear are no plain data"),
+        (lambda: 0, "in one of epoch, state: Can't pickle"),
+    ):
+        with pytest.raises(FastFisherError, match=f"a checkpoint takes tensors, numbers, .*{reason}"):
+            ff.save_checkpoint(path, epoch=2, state=bad)
+
+    def full(source: object, target: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            ff.save_checkpoint(path, epoch=2)
+    assert path.read_bytes() == content
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_checkpoints_that_are_broken_changed_or_foreign_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+
+    def refuse(message: str) -> None:
+        with pytest.raises(FastFisherError, match=message):
+            ff.load_checkpoint(path)
+
+    refuse("there is no file")
+    weight = torch.randn(8, 8)
+    ff.save_checkpoint(path, weight=weight)
+    content = path.read_bytes()
+    for length in (0, 1, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        refuse("cannot be read as a checkpoint, it is truncated or of another kind")
+    place = content.index(weight.numpy().tobytes())
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    refuse("is changed: the checksum of '[^']+' is not its own")
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    refuse("was not written by ff.save_checkpoint; this version reads 'fastfisher checkpoint 1'")
+    torch.save({io.KIND: "fastfisher checkpoint 2"}, path)
+    refuse("is of the kind 'fastfisher checkpoint 2'; this version reads")
+    torch.save(nn.Linear(2, 2), path)
+    refuse("another kind: objects of torch.nn.modules.linear.Linear are no plain data")
+    path.write_text("no checkpoint")
+    refuse("cannot be read as a checkpoint")

@@ -17,11 +17,13 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastfisher import runlog
 from fastfisher.errors import FastFisherError
 from fastfisher.prune.masks import HeldSparsity, unwrapped
 from fastfisher.prune.patterns import Pattern
@@ -46,6 +48,9 @@ class Pruner:
     method, options: the keywords of `prune` but sparsity and eval_fn.  num_recomputations is 0 by default, as training
         goes on between the steps; seed is that of the first step, and each later one adds one.
     strict: raise where zeros were overwritten outside the attached optimizers, in place of mending it with a warning.
+    log: a file of JSON lines, such as "run.jsonl", to which every step that prunes and every `record` is appended at
+        once; `fastfisher report run.jsonl --html page.html` draws it.  Of several processes, let one have it.
+    writer: the same figures go to its add_scalar(tag, value, when), such as that of TensorBoard's SummaryWriter.
 
     masks: first name -> bool in the parameter's shape, True = keep.   reports: one for every step that pruned.
     Zeros that the weights have at the beginning are held too.  The model itself stays plain: same keys, same copies.
@@ -59,6 +64,8 @@ class Pruner:
         schedule: Any,
         method: str = "woodfisher",
         strict: bool = False,
+        log: str | Path | None = None,
+        writer: Any = None,
         **options: Any,
     ) -> None:
         defaults = {name: p.default for name, p in inspect.signature(prune).parameters.items()}
@@ -85,6 +92,14 @@ class Pruner:
         self._held = HeldSparsity(self.model, strict=strict)
         self._held.hold(found.aliases)
         self._mended = 0  # how many were told of in reports
+        self._writer = writer
+        self._log = None if log is None else Path(log)
+        if self._log is not None:
+            try:
+                self._log.parent.mkdir(parents=True, exist_ok=True)
+                self._log.touch()
+            except OSError as error:
+                raise FastFisherError(f"log={str(log)!r} cannot be written: {error.strerror}") from error
         for name, mask in self.masks.items():
             if not bool(mask.any()):
                 warnings.warn(
@@ -141,7 +156,8 @@ class Pruner:
         target is made good.  On any error the weights and the place in the schedule are as they were.
         Raises FastFisherError and FisherError as `prune` does.
         """
-        due = self.schedule.due(self._time(epoch, step))
+        when = self._time(epoch, step)
+        due = self.schedule.due(when)
         if due is None or (self._last is not None and due[0] <= self._last):
             return None
         at, sparsity = due
@@ -149,7 +165,45 @@ class Pruner:
         if sparsity > (self.reports[-1].sparsity if self.reports else 0):
             report = self._prune(data, sparsity)
         self._last = at
+        if report is not None:
+            figures = {"sparsity": report.num_zeros / report.num_weights}
+            if report.loss_dense is not None and report.loss_pruned is not None:
+                figures |= {
+                    "loss before pruning": report.loss_dense,
+                    "loss after pruning": report.loss_pruned,
+                }
+            self._tell(when, figures, report=report.to_dict())
         return report
+
+    def record(
+        self, scores: Mapping[str, float] | float, *, epoch: float | None = None, step: float | None = None
+    ) -> None:
+        """Append scores of yours at this epoch or step, such as the accuracy on held-out data, to the log and writer.
+
+        Raises FastFisherError where there is neither, or a score is no number.
+        """
+        when = self._time(epoch, step)
+        if self._log is None and self._writer is None:
+            raise FastFisherError("record needs a log or a writer: Pruner(model, ..., log='run.jsonl')")
+        named = scores if isinstance(scores, Mapping) else {"score": scores}
+        try:
+            figures = {str(name): float(value) for name, value in named.items()}
+        except (TypeError, ValueError) as error:
+            raise FastFisherError(
+                f"scores must be a number or numbers by name; got {scores!r:.60}"
+            ) from error
+        self._tell(when, figures, scores=figures)
+
+    def _tell(self, when: float, figures: Mapping[str, float], **content: Any) -> None:
+        """Write a line of the log, and figures to the writer."""
+        if self._log is not None:
+            try:
+                runlog.append(self._log, str(self._unit), when, **content)
+            except OSError as error:  # a full disk is no reason to lose the training
+                warnings.warn(f"{str(self._log)!r} lacks a line: {error.strerror}", stacklevel=3)
+        if self._writer is not None:
+            for name, value in figures.items():
+                self._writer.add_scalar(f"fastfisher/{name}", value, when)
 
     def _time(self, epoch: float | None, step: float | None) -> float:
         if (epoch is None) == (step is None):
