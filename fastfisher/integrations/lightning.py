@@ -1,9 +1,9 @@
 """Gradual pruning in the Trainer of Lightning.
 
-    from fastfisher.integrations.lightning import PruningCallback
-
     callback = PruningCallback(schedule=ff.CubicSchedule(0.3, 0.9, begin=1, end=8))
     Trainer(callbacks=[callback]).fit(module, loader)
+
+Epochs and checkpoints are Lightning's; a Pruner does the work.
 """
 
 from __future__ import annotations

@@ -96,10 +96,10 @@ class PruningLoop:
 class _Samples:
     """The samples of the loop's own loader, in an order that hangs on the Pruner's seed alone.
 
-    The loop's loader is not read: it may be in the middle of an epoch, and it counts its passes and draws its order from
-    a state that a run with pruning should not change.  Every process of a distributed run gets the same samples of a
-    dataset with indices, and so the same masks.  They are shuffled by torch's generator, which the Pruner seeds anew
-    for every step; an IterableDataset is read from its beginning.
+    The loop's loader is not read: it may be in the middle of an epoch, and it counts its passes and draws its order
+    from a state that pruning should not change.  Every process of a distributed run gets the same samples of a dataset
+    with indices, and so the same masks.  They are shuffled by torch's generator, which the Pruner seeds anew for every
+    step; an IterableDataset is read from its beginning.
     """
 
     def __init__(self, loader: Any) -> None:

@@ -1,9 +1,9 @@
 """Gradual pruning in the Trainer of Hugging Face's transformers.
 
-    from fastfisher.integrations.transformers import PruningCallback
-
     callback = PruningCallback(schedule=ff.CubicSchedule(0.3, 0.9, begin=1, end=8))
     Trainer(model, args, train_dataset=samples, callbacks=[callback]).train()
+
+Epochs and checkpoints are the Trainer's; a Pruner does the work.
 """
 
 from __future__ import annotations
