@@ -71,7 +71,7 @@ test-sanitize: $(VENV)/build.stamp
 
 test-integrations: $(VENV)/integrations.stamp
 	$(BUILD)
-	$(BIN)/python -m pytest tests/integrations
+	$(BIN)/python -m pytest tests/integrations tests/test_readme.py
 
 build: $(VENV)/build.stamp
 	$(BUILD)
