@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
@@ -73,6 +74,8 @@ class PruningLoop:
                         f"the masks in {origin} belong to other weights: {count:,} of {name!r} are nonzero where its "
                         f"mask says zero"
                     )
+        if self.pruner.process_group is None and dist.is_available() and dist.is_initialized():
+            self.pruner.process_group = dist.group.WORLD
         held = {id(model.get_parameter(name)) for name in self.pruner.masks}
         concerned = [
             optimizer
@@ -97,9 +100,8 @@ class _Samples:
     """The samples of the loop's own loader, in an order that hangs on the Pruner's seed alone.
 
     The loop's loader is not read: it may be in the middle of an epoch, and it counts its passes and draws its order
-    from a state that pruning should not change.  Every process of a distributed run gets the same samples of a dataset
-    with indices, and so the same masks.  They are shuffled by torch's generator, which the Pruner seeds anew for every
-    step; an IterableDataset is read from its beginning.
+    from a state that pruning should not change.  The samples are shuffled by torch's generator, which the Pruner seeds
+    anew for every step; an IterableDataset is read from its beginning.
     """
 
     def __init__(self, loader: Any) -> None:
