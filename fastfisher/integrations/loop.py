@@ -72,7 +72,7 @@ class PruningLoop:
                 if count := int(((weight != 0) & ~mask.to(weight.device)).sum()):
                     raise FastFisherError(
                         f"the masks in {origin} belong to other weights: {count:,} of {name!r} are nonzero where its "
-                        f"mask says zero"
+                        f"mask says zero; it is of another run, or its weights were not loaded into the model"
                     )
         if self.pruner.process_group is None and dist.is_available() and dist.is_initialized():
             self.pruner.process_group = dist.group.WORLD

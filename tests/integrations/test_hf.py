@@ -242,3 +242,13 @@ def test_bad_input_is_said_before_training() -> None:
     ]:
         with pytest.raises(FastFisherError, match=match):
             PruningCallback(*arguments, **options)
+
+
+def test_the_example_goes_on_where_it_was(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    from examples.trainer import main
+
+    one = main(str(tmp_path), epochs=4).pruner
+    assert one.sparsity == pytest.approx(0.8, abs=1e-3)
+    two = main(str(tmp_path), epochs=4).pruner
+    assert all(torch.equal(mask, two.masks[name]) for name, mask in one.masks.items())
