@@ -45,8 +45,8 @@ class PruningCallback(TrainerCallback):
 
     Every checkpoint folder gets a `pruner.pt`, and a run that goes on from it ends with the same bits.  With
     load_best_model_at_end the masks are those of the best checkpoint, which may be of an earlier, less sparse time.
-    transformers 5 renames the weights of some models (ViT) in checkpoints, and its Trainer then resumes without them: make
-    the model by from_pretrained(checkpoint) there.  Masks that do not fit the weights are refused.
+    transformers 5 renames the weights of some models (ViT) in checkpoints, and its Trainer then resumes without them:
+    make the model by from_pretrained(checkpoint) there.  Masks that do not fit the weights are refused.
     `callback.pruner` has masks, reports and sparsity.
     Raises FastFisherError on bad input.
     """
