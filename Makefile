@@ -1,14 +1,15 @@
 # Each command sets up what it needs: .venv, the packages, the compiled extension.
-#   make demo           prune a network trained on scikit-learn's digits; writes demo_output/
-#   make test           lint and all tests
-#   make lint           ruff, clang-format, mypy
-#   make bench          time the kernels against two rivals
-#   make paper          the published experiments and docs/paper.md, in an hour; FASTFISHER_DATA: folder of data
-#   make bench-gpu      the same on a GPU; with RESULTS=folder, and COMMIT=hash for a copy of the sources without git
-#   make test-gpu       build in place; the ops on a GPU, and its checkers on the CUDA kernels
-#   make test-sanitize  C++ tests and fuzzing under address and undefined-behaviour sanitizers
-#   make build          compile the extension in place
-#   make clean          remove what was built; .venv stays
+#   make demo               prune a network trained on scikit-learn's digits; writes demo_output/
+#   make test               lint and all tests
+#   make lint               ruff, clang-format, mypy
+#   make bench              time the kernels against two rivals
+#   make paper              the published experiments and docs/paper.md, in an hour; FASTFISHER_DATA: folder of data
+#   make bench-gpu          the same on a GPU; with RESULTS=folder, and COMMIT=hash for a copy of the sources without git
+#   make test-gpu           build in place; the ops on a GPU, and its checkers on the CUDA kernels
+#   make test-sanitize      C++ tests and fuzzing under address and undefined-behaviour sanitizers
+#   make test-integrations  the callbacks in transformers, Lightning and accelerate, which it installs into .venv
+#   make build              compile the extension in place
+#   make clean              remove what was built; .venv stays
 
 PYTHON ?= python3
 # Used where .venv has no torch yet; for a smaller download: make demo TORCH="torch --index-url <PyTorch's CPU index>"
@@ -22,7 +23,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench paper test-gpu bench-gpu test-sanitize build clean
+.PHONY: demo test lint bench paper test-gpu bench-gpu test-sanitize test-integrations build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -68,6 +69,10 @@ bench-gpu:
 test-sanitize: $(VENV)/build.stamp
 	$(BIN)/python tests/cpp/run.py
 
+test-integrations: $(VENV)/integrations.stamp
+	$(BUILD)
+	$(BIN)/python -m pytest tests/integrations tests/test_readme.py
+
 build: $(VENV)/build.stamp
 	$(BUILD)
 
@@ -89,4 +94,9 @@ $(VENV)/demo.stamp: $(VENV)/build.stamp
 
 $(VENV)/test.stamp: $(VENV)/build.stamp
 	FASTFISHER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@
+
+# torchvision is left out on purpose: beside a torch of another build it breaks what is imported here.
+$(VENV)/integrations.stamp: $(VENV)/test.stamp
+	FASTFISHER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,hf,lightning]"
 	touch $@

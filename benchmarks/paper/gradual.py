@@ -1,10 +1,10 @@
 """Pruning while training, against dynamic pruning: `python -m benchmarks.paper.gradual mlpnet`.
 
 From one trained network three methods go to the same sparsity within the same epochs, on the same cubic schedule, with
-the same optimizer (SGD with momentum 0.9, its rate falling to zero in a line): gradual WoodFisher and gradual magnitude,
-which prune at the start of every epoch but the last two and hold their zeros, and DPF (Lin et al., 2020), which keeps a
-dense copy, takes the gradient at the masked weights, applies it to the copy, and masks the smallest weights of the copy
-anew every 16 steps.
+the same optimizer (SGD with momentum 0.9, its rate falling to zero in a line): gradual WoodFisher and magnitude, which
+prune at the start of every epoch but the last two and hold their zeros, and DPF (Lin et al., 2020), which keeps a dense
+copy, takes the gradient at the masked weights, applies it to the copy, and masks the smallest weights of the copy anew
+every 16 steps.
 Networks: mlpnet (MNIST) and resnet20 (CIFAR-10, its 18 3x3 convolutions, random flips).  Values at whole epochs are
 those after training, at half epochs those right after pruning.  Seeds differ in network, images and their order.
 Source: WoodFisher (Singh & Alistarh, 2020), figure 4.6 and tables 4.2 and 4.3.

@@ -20,7 +20,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fastfisher import runlog
@@ -52,6 +54,9 @@ class Pruner:
         once; `fastfisher report run.jsonl --html page.html` draws it.  Of several processes, let one have it.
     writer: the same figures go to its add_scalar(tag, value, when), such as that of TensorBoard's SummaryWriter.
 
+    process_group: the processes that train copies of this model, by default those of DistributedDataParallel around it.
+        Each prunes, and the first one's weights are sent to the others, whose data and running statistics may differ.
+
     masks: first name -> bool in the parameter's shape, True = keep.   reports: one for every step that pruned.
     Zeros that the weights have at the beginning are held too.  The model itself stays plain: same keys, same copies.
     Raises FastFisherError on bad input, as early as it can be known.
@@ -66,6 +71,7 @@ class Pruner:
         strict: bool = False,
         log: str | Path | None = None,
         writer: Any = None,
+        process_group: Any = None,
         **options: Any,
     ) -> None:
         defaults = {name: p.default for name, p in inspect.signature(prune).parameters.items()}
@@ -79,6 +85,8 @@ class Pruner:
                 raise FastFisherError(f"Pruner has no option {name!r}; the closest is {close[0]!r}")
         given = {**defaults, "num_recomputations": 0, **options, "method": method}
         self.model = unwrapped(model)
+        replicas = (m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel))
+        self.process_group = process_group or next(replicas, None)
         self.schedule = as_schedule(schedule)
         self.reports: list[Report] = []
         self._last: float | None = None  # the latest time of the schedule that was served
@@ -228,6 +236,7 @@ class Pruner:
             seed=self._settings.seed + len(self.reports),  # a loader that shuffles gives other samples
         )
         report = prune_once(self.model, data, settings, **self._options)
+        self._agree()
         held.hold(self._targets().aliases)
         mended = sum(held.mended.values())
         if mended > self._mended:
@@ -242,6 +251,17 @@ class Pruner:
             )
         self.reports.append(report)
         return report
+
+    def _agree(self) -> None:
+        """The target weights of the first process to all that train copies of the model."""
+        if self.process_group is None:
+            return
+        for parameter in self._targets().parameters.values():
+            weight = parameter.detach()
+            # what is sent must lie without gaps; copied onto itself where it does
+            sent = weight.contiguous()
+            dist.broadcast(sent, group=self.process_group, group_src=0)
+            weight.copy_(sent)
 
     def finalize(self) -> None:
         """Check that all zeros are in place, let go of the optimizers, and warn where the schedule was not completed.

@@ -36,6 +36,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside accelerate's or Lightning's, which are of its class but call no hooks of their own.
+
+    A wrapper that calls its own, such as Lookahead, stays: it may write weights after the optimizer inside has.
+    """
+    while "_optimizer_step_post_hooks" not in vars(optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            break
+        optimizer = inner
+    return optimizer
+
+
 def _keep(tensor: Tensor, mask: Tensor) -> None:
     """tensor ← tensor where the mask keeps it, else +0, whatever stood there; in place, floating point, any layout."""
     # As integers: a product with the mask leaves no NaN behind, and takes an eighth of the time of masked_fill_.
@@ -104,7 +117,7 @@ class HeldSparsity:
     def attach(self, *optimizers: Optimizer) -> None:
         """Keep zeros at zero through every step of these optimizers; one that is attached already stays so.
 
-        An optimizer that is made anew, or unpickled, is attached anew.
+        An optimizer that is made anew, or unpickled, is attached anew.  Of a wrapper the optimizer inside is attached.
         Raises FastFisherError where one is no torch optimizer or holds none of the tensors.
         """
         for optimizer in optimizers:
@@ -116,7 +129,7 @@ class HeldSparsity:
                     f"{type(optimizer).__name__} holds none of the {len(self.masks)} tensors that are pruned, such as "
                     f"{next(iter(self.masks), None)!r}; make it from the parameters of this very model"
                 )
-        for optimizer in optimizers:
+        for optimizer in map(unwrapped_optimizer, optimizers):
             if optimizer not in self._hooks:
                 self._hooks[optimizer] = [
                     optimizer.register_step_pre_hook(self._before),

@@ -151,6 +151,47 @@ def test_an_optimizer_made_anew_is_attached_anew() -> None:
     assert not held.mended
 
 
+class Inside(Optimizer):
+    """As accelerate's: of the class of an optimizer, and never made one."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self) -> None:  # type: ignore[override]
+        self.optimizer.step()
+
+
+class Around(Optimizer):
+    """As Lookahead: an optimizer of its own, which writes weights after the one inside has."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+
+    def step(self) -> None:  # type: ignore[override]
+        self.optimizer.step()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(1)
+
+
+@pytest.mark.parametrize("kind", [Inside, Around])
+def test_wrapped_optimizers(kind: type[Optimizer]) -> None:
+    model = classifier()
+    ff.prune(model, None, sparsity=0.5, method="magnitude")
+    inner = torch.optim.Adam(model.parameters(), lr=1e-2)
+    wrapper = kind(inner)
+    held = ff.hold_sparsity(model, wrapper, strict=True)
+    assert held.optimizers == [inner if kind is Inside else wrapper]
+    for _ in range(3):
+        F.cross_entropy(model(images(8)[0]), images(8)[1]).backward()
+        wrapper.step()  # type: ignore[call-arg]
+        assert_zero(model, held.masks)
+    held.remove()
+
+
 def test_loading_an_optimizer_keeps_its_hooks() -> None:
     model = sparse()
     optimizer = OPTIMIZERS["adam"](model.parameters())
