@@ -156,13 +156,7 @@ class FisherInverse:
         """
         if isinstance(v, Mapping):
             return self.layout.unflatten(self.mul(self.layout.flatten(v)))
-        if v.ndim not in (1, 2) or v.shape[0] != self.layout.num_weights or v.numel() == 0:
-            raise FastFisherError(
-                f"v must be [{self.layout.num_weights}] or [{self.layout.num_weights}, n], got {list(v.shape)}"
-            )
-        if not v.is_floating_point():
-            raise FastFisherError(f"v must be of a float dtype, got {v.dtype}")
-        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+        wide = checked_vectors(v, self.layout.num_weights)
         x = v.detach().to(wide).reshape(self.layout.num_weights, -1).contiguous()  # [d, n]
         out = torch.empty_like(x)
         for part in self.parts:
@@ -184,7 +178,7 @@ class FisherInverse:
 
         Source: WoodFisher, eq. 2.13.
         """
-        self._check_weight(weight)
+        check_weight(weight, self.layout.num_weights)
         out = torch.empty_like(weight, memory_format=torch.contiguous_format)
         ops.obs_saliency(weight.detach().contiguous(), self._inv_diag(), out=out)
         return out
@@ -195,7 +189,7 @@ class FisherInverse:
         weight: [d] float32/float64; each block holds a multiple of `size`.   Returns float64 [d / size].
         Raises FisherError where F⁻¹[Q, Q] is not positive definite.   Source: WoodFisher, eq. 2.13, for many weights.
         """
-        self._check_weight(weight)
+        check_weight(weight, self.layout.num_weights)
         lengths = self.layout.blocks[:, 1] - self.layout.blocks[:, 0]
         if int((lengths % size).max()):
             b = int((lengths % size).argmax())
@@ -228,7 +222,7 @@ class FisherInverse:
         turns into weights whose quadratic loss is the sum of their losses.
         Raises FisherError where a block breaks down.   Source: see ops.obs_eliminate.
         """
-        self._check_weight(weight)
+        check_weight(weight, self.layout.num_weights)
         order = torch.empty(self.layout.num_weights, dtype=torch.int64, device=weight.device)
         loss = torch.empty(self.layout.num_weights, dtype=torch.float64, device=weight.device)
         groups = self.layout.groups.to(weight.device) if keep else None
@@ -256,7 +250,7 @@ class FisherInverse:
         weight: [d] float32/float64.   mask: bool [d], True = keep.   Returns float64 [K].
         Raises FisherError where a joint solve breaks down.   Source: WoodFisher, eq. 2.13, for many weights.
         """
-        self._check_weight(weight)
+        check_weight(weight, self.layout.num_weights)
         out = torch.empty(self.num_blocks, dtype=torch.float64, device=weight.device)
         for part in self.parts:
             if part.factor is None:
@@ -279,7 +273,7 @@ class FisherInverse:
         Raises FastFisherError on wrong input, FisherError where a joint solve breaks down.
         Source: WoodFisher, eq. 2.11 and section 2.2.
         """
-        self._check_weight(weight)
+        check_weight(weight, self.layout.num_weights)
         if update not in UPDATES:
             raise FastFisherError(f"update must be one of {', '.join(UPDATES)}, got {update!r}")
         pruned = weight.detach().clone(memory_format=torch.contiguous_format)
@@ -397,9 +391,20 @@ class FisherInverse:
                 f"in float64 at damping={self.damping:g}; use update='sum' or a larger damping"
             )
 
-    def _check_weight(self, weight: Tensor) -> None:
-        if weight.shape != (self.layout.num_weights,):
-            raise FastFisherError(f"weight must be [{self.layout.num_weights}], got {list(weight.shape)}")
+
+def check_weight(weight: Tensor, num_weights: int) -> None:
+    """Raise FastFisherError unless a vector is [d]."""
+    if weight.shape != (num_weights,):
+        raise FastFisherError(f"weight must be [{num_weights}], got {list(weight.shape)}")
+
+
+def checked_vectors(v: Tensor, num_weights: int) -> torch.dtype:
+    """The dtype of F⁻¹ v.   v: [d] or [d, n], any float dtype.   Raises FastFisherError on anything else."""
+    if v.ndim not in (1, 2) or v.shape[0] != num_weights or v.numel() == 0:
+        raise FastFisherError(f"v must be [{num_weights}] or [{num_weights}, n], got {list(v.shape)}")
+    if not v.is_floating_point():
+        raise FastFisherError(f"v must be of a float dtype, got {v.dtype}")
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
 @torch_on_one_thread()

@@ -25,7 +25,7 @@ from fastfisher.fisher.batches import Samples
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.gradients import Objective, parameter_aliases, untouched
 from fastfisher.fisher.hessian import target_names
-from fastfisher.fisher.inverse import UPDATES, _absolute, _check_options
+from fastfisher.fisher.inverse import UPDATES, _absolute, _check_options, check_weight, checked_vectors
 
 FISHER_TYPES = ("empirical", "mc")
 # Patches unfolded at once, in bytes: they are kernel-size times as large as the image they come from.
@@ -141,12 +141,7 @@ class KFACInverse:
         """F⁻¹ v, new.   v: [d], [d, n], or named tensors of the layout's shapes; the result has the same form."""
         if isinstance(v, Mapping):
             return self.layout.unflatten(self.mul(self.layout.flatten(v)))
-        d = self.layout.num_weights
-        if v.ndim not in (1, 2) or v.shape[0] != d or v.numel() == 0:
-            raise FastFisherError(f"v must be [{d}] or [{d}, n], got {list(v.shape)}")
-        if not v.is_floating_point():
-            raise FastFisherError(f"v must be of a float dtype, got {v.dtype}")
-        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+        wide = checked_vectors(v, self.layout.num_weights)
         if v.ndim == 2:
             return torch.stack([self.mul(column) for column in v.unbind(1)], dim=1)
         product = {}
@@ -161,7 +156,7 @@ class KFACInverse:
 
     def saliency(self, weight: Tensor) -> Tensor:
         """ρ = w² / (2 diag F⁻¹), what removing each weight alone costs.   weight: [d]; returns the like."""
-        self._check_weight(weight)
+        check_weight(weight, self.layout.num_weights)
         return (weight.detach().double().square() / (2 * self._inv_diag())).to(weight.dtype)
 
     def prune_update(self, weight: Tensor, mask: Tensor, update: str = "sum") -> Tensor:
@@ -173,7 +168,7 @@ class KFACInverse:
         conjugate gradients on the Kronecker product.
         Raises FastFisherError on wrong input, FisherError where a joint solve breaks down or does not converge.
         """
-        self._check_weight(weight)
+        check_weight(weight, self.layout.num_weights)
         if mask.shape != weight.shape or mask.dtype != torch.bool:
             raise FastFisherError(
                 f"mask must be bool [{self.layout.num_weights}], got {mask.dtype} {list(mask.shape)}"
@@ -242,10 +237,6 @@ class KFACInverse:
             f"damping={self.damping:g} (relative residual {float(square / removed.square().sum()) ** 0.5:.2g}); use "
             f"update='sum' or a larger damping"
         )
-
-    def _check_weight(self, weight: Tensor) -> None:
-        if weight.shape != (self.layout.num_weights,):
-            raise FastFisherError(f"weight must be [{self.layout.num_weights}], got {list(weight.shape)}")
 
 
 def _layers_of(objective: Objective, names: Sequence[str]) -> dict[str, list[nn.Module]]:

@@ -442,9 +442,10 @@ def group_blocks(part: Part, size: int, damping: float) -> Iterator[tuple[Tensor
 def primal_losses(part: Part, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """½ w_Qᵀ (F⁻¹[Q, Q])⁻¹ w_Q of each block of a primal part, float64 [K], and where F⁻¹[Q, Q] is not definite."""
     size = part.state.shape[1]
+    at_once = max(1, GROUP_COLUMNS**2 // size**2)  # blocks
     losses, failed = [], []
-    for chunk in range(0, len(part.blocks), max(1, GROUP_COLUMNS**2 // size**2)):
-        blocks = part.blocks[chunk : chunk + max(1, GROUP_COLUMNS**2 // size**2)]
+    for chunk in range(0, len(part.blocks), at_once):
+        blocks = part.blocks[chunk : chunk + at_once]
         keep = padded(mask, blocks, size, True)  # [K, B]
         both = ~(keep[:, :, None] | keep[:, None, :])
         S = torch.where(both, part.state[chunk : chunk + len(blocks)].double(), 0)

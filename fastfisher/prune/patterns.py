@@ -69,8 +69,7 @@ class Pattern:
         if not self.keep:
             return ~dead
         order = saliency.masked_fill(dead, -torch.inf).view(-1, self.size).argsort(dim=1, stable=True)
-        rank = torch.empty_like(order)
-        rank.scatter_(1, order, torch.arange(self.size, device=order.device).expand_as(order).contiguous())
+        rank = order.argsort(dim=1)
         return (rank < self.size - self.keep).view(-1) & ~dead
 
 

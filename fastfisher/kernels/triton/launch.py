@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SCRATCH_BYTES = 256 << 20  # for what a group of blocks needs beside its state
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -39,3 +40,10 @@ def pieces(num_weights: int, num_blocks: int, num_programs: int, columns: int) -
     """
     mean = triton.cdiv(num_weights, num_blocks)
     return max(1, min(triton.cdiv(mean, columns), triton.cdiv(1 << 16, num_programs)))
+
+
+def block_groups(num_blocks: int, bytes_of_block: int) -> Iterator[slice]:
+    """The blocks in groups whose scratch takes about SCRATCH_BYTES."""
+    at_once = max(1, SCRATCH_BYTES // bytes_of_block)
+    for first in range(0, num_blocks, at_once):
+        yield slice(first, min(first + at_once, num_blocks))

@@ -6,8 +6,6 @@ together, in float64: on chip where the block fits, else by a factor in scratch 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -17,10 +15,9 @@ from fastfisher.kernels.triton import blocked, tuning
 from fastfisher.kernels.triton.block_matvec import block_matvec, expand, primal_product, project
 from fastfisher.kernels.triton.dual_factor import capacitance
 from fastfisher.kernels.triton.inverse_from_grads import fits_on_chip
-from fastfisher.kernels.triton.launch import TYPES, launch, pieces, power_of_two
+from fastfisher.kernels.triton.launch import TYPES, block_groups, launch, pieces, power_of_two
 from fastfisher.kernels.triton.tiles import block_range, spd_inverse
 
-SCRATCH_BYTES = 256 << 20  # for the matrices of a group of blocks
 PIECE = 1024  # weights of a program in what goes through all of them
 
 
@@ -156,13 +153,6 @@ def _scatter(out, x, blocks, B: tl.constexpr, PIECE: tl.constexpr):
         tl.store(out + start + i, tl.load(x + b * B + i, mask=i < n, other=0.0), mask=i < n)
 
 
-def _groups(num_blocks: int, size: int) -> Iterator[slice]:
-    """The blocks in groups whose float64 matrices [size, size] take about SCRATCH_BYTES."""
-    at_once = max(1, SCRATCH_BYTES // (8 * size * size))
-    for first in range(0, num_blocks, at_once):
-        yield slice(first, min(first + at_once, num_blocks))
-
-
 def _multipliers(x: Tensor, weight: Tensor, state: Tensor, blocks: Tensor, keep: Tensor) -> Tensor:
     """x [d] ← (F⁻¹[Q, Q])⁻¹ w_Q, 0 elsewhere; returns how many pivots failed, int32 [K]."""
     K, B = state.shape[:2]
@@ -172,7 +162,7 @@ def _multipliers(x: Tensor, weight: Tensor, state: Tensor, blocks: Tensor, keep:
         launch(_solve_on_chip, (K,), x, failed, weight, state, blocks, keep, options=options)
         return failed
     found = []
-    for group in _groups(K, B):
+    for group in block_groups(K, 8 * B * B):
         ranges, part = blocks[group], state[group]
         S = torch.empty(len(ranges), B, B, dtype=torch.float64, device=x.device)
         tiles = triton.cdiv(B, blocked.SQUARE)
@@ -194,7 +184,7 @@ def _dual_step(
     k = grads.shape[0]
     removed = torch.where(mask, 0, weight.double())[:, None]  # w_Q, [d, 1]
     found = []
-    for group in _groups(blocks.shape[0], k):
+    for group in block_groups(blocks.shape[0], 8 * k * k):
         ranges = blocks[group]
         C = torch.empty(len(ranges), k, k, dtype=torch.float64, device=weight.device)
         capacitance(C, grads, ranges, ridge, keep=mask)

@@ -8,18 +8,14 @@ A dual inverse is written out first, by torch's batched routines, a group of blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastfisher.kernels.triton import tuning
-from fastfisher.kernels.triton.launch import launch, power_of_two
+from fastfisher.kernels.triton.launch import block_groups, launch, power_of_two
 from fastfisher.kernels.triton.tiles import block_range, square_root
-
-SCRATCH_BYTES = 256 << 20  # for the rows, and the written-out inverses, of a group of blocks
 
 
 @triton.jit
@@ -209,12 +205,6 @@ def _dense(grads: Tensor, factor: Tensor, blocks: Tensor, size: int, damping: fl
     return torch.baddbmm(eye, V.mT, V, beta=1 / damping, alpha=-1 / damping)
 
 
-def _groups(num_blocks: int, bytes_of_block: int) -> Iterator[slice]:
-    at_once = max(1, SCRATCH_BYTES // bytes_of_block)
-    for first in range(0, num_blocks, at_once):
-        yield slice(first, min(first + at_once, num_blocks))
-
-
 def obs_eliminate(
     weight: Tensor,
     state: Tensor,
@@ -237,7 +227,7 @@ def obs_eliminate(
         _, place, count = torch.unique_consecutive(groups, return_inverse=True, return_counts=True)
         room = count[place] - keep
     marks = failed.view(torch.uint8)
-    for piece in _groups(blocks.shape[0], 8 * B * (B + together) * (1 if factor is None else 2)):
+    for piece in block_groups(blocks.shape[0], 8 * B * (B + together) * (1 if factor is None else 2)):
         part = blocks[piece]
         inverse = state[piece] if factor is None else _dense(state, factor[piece], part, B, damping)
         rows = torch.empty(len(part), B, B, dtype=torch.float64, device=weight.device)
