@@ -21,7 +21,7 @@ from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, ch
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
 from fastfisher.memory import format_bytes, free_bytes, parse_bytes
 from fastfisher.prune.select import keep_mask
-from fastfisher.prune.settings import BLOCK_METHODS, DATA_FREE, FROM_GRADIENTS, Settings
+from fastfisher.prune.settings import DATA_FREE, FROM_GRADIENTS, FishLeg, Settings
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.report import align
 
@@ -325,6 +325,7 @@ def plan(
     pattern: str = "unstructured",
     cost: str = "params",
     max_layer_sparsity: float | Mapping[str, float] = 1.0,
+    fishleg: FishLeg | Mapping[str, Any] = FishLeg(),
     seed: int = 0,
     memory_limit: int | str | None = None,
 ) -> Plan:
@@ -380,7 +381,7 @@ def plan(
 def layout_of(targets: Targets, settings: Settings) -> BlockLayout:
     """The targets in one flat order, cut into the blocks of the method."""
     shapes = [tuple(parameter.shape) for parameter in targets.parameters.values()]
-    group = settings.rule.size if settings.method in BLOCK_METHODS else 1
+    group = settings.rule.size if settings.has_blocks else 1
     return BlockLayout(
         list(targets.parameters), shapes, settings.fisher_block, group=group, last=targets.last
     )

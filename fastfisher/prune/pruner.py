@@ -26,8 +26,9 @@ from fastfisher.memory import peak_bytes
 from fastfisher.prune.flops import count_flops
 from fastfisher.prune.plan import gradient_limit, layout_of, plan
 from fastfisher.prune.select import num_zeros
-from fastfisher.prune.settings import DATA_FREE, Settings, layer_limits
+from fastfisher.prune.settings import DATA_FREE, FishLeg, Settings, layer_limits
 from fastfisher.prune.steps import Clock, Outcome, Progress, Read, Run
+from fastfisher.prune.surgeon import Surgeon, conv_groups
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.prune.update import as_parameters, written
 from fastfisher.report import LayerRow, Report
@@ -177,6 +178,7 @@ def prune(
     pattern: str = "unstructured",
     cost: str = "params",
     max_layer_sparsity: float | Mapping[str, float] = 1.0,
+    fishleg: FishLeg | Mapping[str, Any] = FishLeg(),
     seed: int = 0,
     progress: Progress | None = None,
     memory_limit: int | str | None = None,
@@ -214,6 +216,7 @@ def prune(
         batches of one sample, under torch.func.vmap.  The model it gets is the same object, in eval mode.
     eval_fn: eval_fn(model) -> number or dict of numbers, called for the dense model, for global magnitude at the same
         sparsity, and for the pruned model; always in eval mode.
+    fishleg: options of method="fishleg", a mapping or `FishLeg`.
     seed: of torch's generators while this function runs; their state is restored.
     progress: progress(phase, done, total), called after every piece of gradients.
     memory_limit: bytes or a text like "8 GB"; by default what is free.
@@ -247,6 +250,7 @@ def prune_once(
     eval_fn: Callable[[nn.Module], Any] | None = None,
     progress: Progress | None = None,
     memory_limit: int | str | None = None,
+    surgeon: Surgeon | None = None,
 ) -> Report:
     """`prune` with settings that are checked already, among them such as its keywords cannot express."""
     found = find_targets(model, targets, ignore)
@@ -299,7 +303,9 @@ def prune_once(
             sample = reader.peek() if reader.once else _some_samples(data, objective)
             counted = None if sample is None else count_flops(objective, model, sample)
             costs = _costs(found, layout, counted[1] if counted else {})
-        run = Run(layout, settings, found.parameters, clock, progress, costs=costs, most=most)
+        if settings.method == "fishleg" and surgeon is None:
+            surgeon = Surgeon(layout, settings, conv_groups(model, layout.names))
+        run = Run(layout, settings, found.parameters, clock, progress, costs=costs, most=most, surgeon=surgeon)
         if reader is None or not needs_data:
             outcome = run.without_gradients(weight, ~dead)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,6 +12,7 @@ from typing import Any
 
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.fishleg import AUX, DRAWS, PARAMETERIZATIONS, PRODUCTS, TILE
 from fastfisher.fisher.likelihood import FISHER_TYPES
 from fastfisher.prune.patterns import Pattern
 
@@ -24,7 +26,17 @@ STEPS_PER_E = 8
 GREEDY_BLOCK = 256
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "method": ("woodfisher", "woodtaylor", "diagonal", "obd", "kfac", "hessian", "magnitude", "random"),
+    "method": (
+        "woodfisher",
+        "woodtaylor",
+        "fishleg",
+        "diagonal",
+        "obd",
+        "kfac",
+        "hessian",
+        "magnitude",
+        "random",
+    ),
     "scope": ("global", "layer"),
     "damping_mode": ("absolute", "relative"),
     "update": ("auto", "sum", "joint", "greedy", None),
@@ -32,7 +44,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "cost": ("params", "flops"),
 }
 # Their estimate is a sum of outer products of gradients.
-FROM_GRADIENTS = ("woodfisher", "woodtaylor", "diagonal")
+FROM_GRADIENTS = ("woodfisher", "woodtaylor", "fishleg", "diagonal")
 # They look at weights alone.
 DATA_FREE = ("magnitude", "random")
 
@@ -40,6 +52,64 @@ DATA_FREE = ("magnitude", "random")
 def _positive_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise FastFisherError(f"{name} must be a whole number of at least 1; got {value!r}")
+
+
+@dataclass(frozen=True)
+class FishLeg:
+    """How method="fishleg" learns its inverse; the defaults are exact in u, not the published loop.
+
+    parameterization: "diagonal", "block" (of block_size), "kron", "block-kron", "full".   tile: side of "block-kron".
+    aux: "exact" in u, or "sampled", the published way: u drawn, Adam.
+    max_aux_steps: on the gradients of one pruning; fewer where the loss on the held-out ones stops falling ("exact").
+    update_aux_every: steps of an attached optimizer between two auxiliary steps in a `Pruner`; 0 for none.
+    aux_grads: gradients of each of those.   horizon: gradients that the inverse remembers, by default num_grads.
+    Of "sampled":
+    u: "gaussian", "rademacher" or "gradient".   aux_lr: Adam's rate.   preconditioner: of the slope, by Q itself.
+    product: with the Fisher, from "rows" (gradients of single samples) or "antithetic" (two gradients of a batch at
+    w ± ε v, with labels drawn from the model).
+    Raises FastFisherError with the offending value.
+    """
+
+    parameterization: str = "block"
+    tile: int = TILE
+    aux: str = "exact"
+    max_aux_steps: int = 30
+    update_aux_every: int = 10
+    aux_grads: int = 32
+    horizon: int | None = None
+    u: str = "gaussian"
+    aux_lr: float = 1e-2
+    preconditioner: bool = True
+    product: str = "rows"
+
+    def __post_init__(self) -> None:
+        choices = {"parameterization": PARAMETERIZATIONS, "aux": AUX, "u": DRAWS, "product": PRODUCTS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                listed = ", ".join(map(repr, known))
+                raise FastFisherError(f"fishleg: {name} must be one of {listed}; got {getattr(self, name)!r}")
+        for name in ("tile", "max_aux_steps", "aux_grads"):
+            _positive_int(f"fishleg: {name}", getattr(self, name))
+        if self.update_aux_every != 0:
+            _positive_int("fishleg: update_aux_every", self.update_aux_every)
+        if self.horizon is not None:
+            _positive_int("fishleg: horizon", self.horizon)
+        if not isinstance(self.aux_lr, (int, float)) or not 0 < self.aux_lr < math.inf:
+            raise FastFisherError(f"fishleg: aux_lr must be a positive number; got {self.aux_lr!r}")
+
+    @classmethod
+    def of(cls, given: Any) -> FishLeg:
+        """Itself, or those named in a mapping."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise FastFisherError(f"fishleg must be a mapping of options; got {given!r:.60}")
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+                raise FastFisherError(f"fishleg has no option {name!r}; the closest is {close[0]!r}")
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -65,6 +135,7 @@ class Settings:
     pattern: str = "unstructured"
     cost: str = "params"
     max_layer_sparsity: float | Mapping[str, float] = 1.0
+    fishleg: FishLeg | Mapping[str, Any] = FishLeg()
     on_the_way: bool = False
 
     @classmethod
@@ -76,6 +147,7 @@ class Settings:
         return cls(**chosen)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fishleg", FishLeg.of(self.fishleg))
         own = self.rule.sparsity
         if own is not None and self.sparsity != own and not (self.on_the_way and self.sparsity < own):
             raise FastFisherError(
@@ -119,7 +191,7 @@ class Settings:
                 f"fisher_type='exact' sums over the outputs of single samples; got "
                 f"grad_batch_size={self.grad_batch_size!r}"
             )
-        if self.update == "greedy" and (self.block_size is None or self.method not in BLOCK_METHODS):
+        if self.update == "greedy" and (self.block_size is None or not self.has_blocks):
             raise FastFisherError(
                 f"update='greedy' goes through blocks of an inverse; got method={self.method!r} with "
                 f"block_size={self.block_size!r}"
@@ -143,7 +215,21 @@ class Settings:
     @property
     def fisher_block(self) -> int | None:
         """The block size of the Fisher estimate: 1 for methods that know nothing of blocks."""
-        return self.block_size if self.method in BLOCK_METHODS else 1
+        if self.method == "fishleg" and self.options.parameterization == "full":
+            return None
+        return self.block_size if self.has_blocks else 1
+
+    @property
+    def options(self) -> FishLeg:
+        """Those of method="fishleg"."""
+        return FishLeg.of(self.fishleg)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the method's inverse consists of blocks of weights."""
+        if self.method == "fishleg":
+            return self.options.parameterization in ("block", "full")
+        return self.method in BLOCK_METHODS
 
     @property
     def chosen_update(self) -> str | None:
@@ -152,13 +238,14 @@ class Settings:
         "auto": "joint", the minimiser of the quadratic model.  Where one step is to trust that model all the way, the
         choice of the weights has to follow it too: "greedy", or "sum" where blocks are too large or there are none.
         """
-        if self.method not in (*BLOCK_METHODS, "kfac"):
+        coupled = self.has_blocks or self.method == "kfac"
+        if not coupled and not (self.method == "fishleg" and self.options.parameterization != "diagonal"):
             return None
         if self.update != "auto":
             return self.update
         if self.num_recomputations != 0:
             return "joint"
-        small = self.method in BLOCK_METHODS and (self.block_size or math.inf) <= GREEDY_BLOCK
+        small = self.has_blocks and (self.fisher_block or math.inf) <= GREEDY_BLOCK
         return "greedy" if small else "sum"
 
     @property

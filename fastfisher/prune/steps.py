@@ -16,12 +16,14 @@ from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
 from fastfisher.fisher.gradients import KEPT_GRADS, GradientStream, Objective
+from fastfisher.fisher.fishleg import FishLegInverse
 from fastfisher.fisher.hessian import hessian_inverse, obd_inverse
 from fastfisher.fisher.inverse import FisherAccumulator, FisherInverse
 from fastfisher.fisher.kfac import KFACInverse, kfac_inverse
 from fastfisher.prune import saliency
 from fastfisher.prune.select import select
-from fastfisher.prune.settings import BLOCK_METHODS, FROM_GRADIENTS, Settings
+from fastfisher.prune.settings import FROM_GRADIENTS, Settings
+from fastfisher.prune.surgeon import Surgeon
 from fastfisher.prune.update import as_parameters, updated
 from fastfisher.report import StepRow
 
@@ -101,7 +103,7 @@ class Run:
     """The steps of one call: gradients, inverse, mask and update, from the point that the step before has reached.
 
     costs: what each weight costs in floating-point operations [d]; saliencies are told per operation.
-    most: zeros that each tensor may have.
+    most: zeros that each tensor may have.   surgeon: with method="fishleg", the inverse that is learned.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Run:
         *,
         costs: Tensor | None = None,
         most: Sequence[int] | None = None,
+        surgeon: Surgeon | None = None,
     ) -> None:
         self.layout = layout
         self.settings = settings
@@ -122,6 +125,7 @@ class Run:
         self.progress = progress
         self.costs = costs
         self.most = most
+        self.surgeon = surgeon
 
     def select(self, scores: Tensor, mask: Tensor, sparsity: float) -> Tensor:
         """The next mask from the saliency of every weight, [d] of the whole network."""
@@ -166,8 +170,8 @@ class Run:
             if i:
                 with self.clock("update"):
                     objective.weights = as_parameters(found.new, found.mask, self.layout, self.parameters)
-            # K-FAC's Fisher of some weights of a layer is no Kronecker product
-            all_live = self.settings.method == "kfac" or bool(found.mask.all())
+            # K-FAC's Fisher of some weights of a layer is no Kronecker product, and a learned inverse keeps its blocks
+            all_live = self.settings.method in ("kfac", "fishleg") or bool(found.mask.all())
             layout = self.layout if all_live else LiveLayout(self.layout, found.mask)
             stream: GradientStream | Read
             if self.settings.method in FROM_GRADIENTS:
@@ -206,6 +210,8 @@ class Run:
                 finv = self._rival(stream)
             stream.groups.clear()
             advance(stream.num_finite)
+        elif self.surgeon is not None:
+            finv = self._learned(self.surgeon, stream, found.mask, advance)
         else:
             finv = self._estimate(stream, advance)
         weight = layout.gather(found.new)
@@ -219,6 +225,9 @@ class Run:
         with self.clock("update"):
             new = layout.scatter(updated(weight, layout.gather(mask), finv, settings.applied_update))
         found.new, found.mask, found.form, found.damping = new, mask, finv.form, float(finv.damping)
+        if self.surgeon is not None and self.surgeon.inverse is not None:
+            with self.clock("inverse"):
+                self.surgeon.inverse.downdate(mask)
         found.streams.append(stream)
         found.steps.append(
             StepRow(
@@ -249,6 +258,22 @@ class Run:
         with self.clock("inverse"):
             return accumulator.finish()
 
+    def _learned(
+        self, surgeon: Surgeon, stream: GradientStream, live: Tensor, advance: Callable[[int], None]
+    ) -> FisherInverse | FishLegInverse:
+        """The learned inverse after these gradients, its blocks written out where it has any."""
+
+        def pieces() -> Iterator[Tensor]:
+            for piece in _timed(iter(stream), self.clock):
+                yield piece
+                advance(stream.num_finite)
+
+        started, before = time.perf_counter(), self.clock.seconds.get("gradients", 0.0)
+        learned = surgeon.learn(pieces(), live)
+        seconds = time.perf_counter() - started - (self.clock.seconds["gradients"] - before)
+        self.clock.seconds["inverse"] = self.clock.seconds.get("inverse", 0.0) + seconds
+        return learned.blockwise() if self.settings.has_blocks else learned
+
     def _rival(self, read: Read) -> FisherInverse | KFACInverse:
         """The inverses of the papers' rivals."""
         settings = self.settings
@@ -260,9 +285,9 @@ class Run:
             return hessian_inverse(*args, **of)
         return kfac_inverse(*args, fisher_type=settings.fisher_type, seed=settings.seed, **of)
 
-    def _scores(self, weight: Tensor, finv: FisherInverse | KFACInverse) -> Tensor:
+    def _scores(self, weight: Tensor, finv: FisherInverse | FishLegInverse | KFACInverse) -> Tensor:
         """The saliency of every weight of the inverse's layout."""
-        if self.settings.method not in BLOCK_METHODS or isinstance(finv, KFACInverse):
+        if not self.settings.has_blocks or not isinstance(finv, FisherInverse):
             return self._summed(finv.saliency(weight))
         if self.settings.chosen_update == "greedy":
             return saliency.greedy(weight, finv, self.settings.rule)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from fastfisher.errors import FisherError
 from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.fishleg import FishLegInverse
 from fastfisher.fisher.inverse import FisherInverse
 from fastfisher.fisher.kfac import KFACInverse
 
 
 def updated(
-    weight: Tensor, mask: Tensor, finv: FisherInverse | KFACInverse | None, update: str | None
+    weight: Tensor, mask: Tensor, finv: FisherInverse | FishLegInverse | KFACInverse | None, update: str | None
 ) -> Tensor:
     """New weights [d] after removing ~mask; weight [d] is not changed."""
     if update is None or finv is None:

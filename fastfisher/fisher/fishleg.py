@@ -1,0 +1,679 @@
+"""FishLeg's learned inverse: Q ≈ F_γ⁻¹ = (F + γ I)⁻¹ in a fixed form, kept up to date by small steps on fresh gradients.
+
+Q is the minimiser of the auxiliary loss
+
+    A(Q) = E_u[½ uᵀ Q F_γ Q u − uᵀ Q u] = ½ tr(Q F_γ Q) − tr Q,   u ~ N(0, I),
+
+whose gradient needs products with F alone.  Among all matrices it is F_γ⁻¹, among block-diagonal ones the inverse of
+the blocks, which is WoodFisher's.  Forms ("parameterizations"), all symmetric and positive definite by construction:
+
+    diagonal, block, full   R Rᵀ in blocks of 1, of B, or one over everything; state d B
+    kron                    D (T ⊗ S) D for each layer, T = R Rᵀ [o, o], S = L Lᵀ [i, i], D a diagonal [o, i]
+    block-kron              the same in tiles of the layer's matrix, so that T and S stay small
+
+Two ways to take a step: exact in u, where the expectation is taken analytically (`aux_step`, the default: nothing is
+drawn, and there is no learning rate), and with u drawn, as published (`sampled_step`).
+Source: FishLeg Surgeon (McGowan et al., 2024), on FishLeg (Garcia et al., 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastfisher import ops
+from fastfisher.errors import FastFisherError, FisherError
+from fastfisher.fisher.blocks import BlockLayout, padded
+from fastfisher.fisher.inverse import UPDATES, FisherInverse, check_weight, checked_vectors
+from fastfisher.fisher.parts import Part, block_ids
+
+AUX = ("exact", "sampled")
+DRAWS = ("gaussian", "rademacher", "gradient")
+PRODUCTS = ("rows", "antithetic")
+PARAMETERIZATIONS = ("diagonal", "block", "kron", "block-kron", "full")
+# Sides of the tiles of "block-kron": T and S of a tile take no more than a block of so many weights.
+TILE = 256
+# Of the joint update's constraint w_Q = 0, relative to w_Q, and how long it is pursued.
+TOLERANCE = 1e-6
+MAX_ITERATIONS = 500
+
+
+class _Form(Protocol):
+    """One part of Q: which weights it covers, and how it learns.  Vectors are those of the whole layout, [d, ...]."""
+
+    def diag(self, out: Tensor) -> None: ...
+    def mul(self, x: Tensor, out: Tensor) -> None: ...
+    def step(self, grads: Tensor, damping: float, rate: float) -> Tensor: ...
+    def loss(self, grads: Tensor, damping: float) -> float: ...
+    def downdate(self, mask: Tensor) -> None: ...
+    def joint(self, weight: Tensor, mask: Tensor, out: Tensor) -> None: ...
+    def variables(self) -> list[Tensor]: ...
+    def slopes(self, r: Tensor, u: Tensor) -> list[Tensor]: ...
+
+
+class BlockRoots:
+    """Q = R Rᵀ in blocks.   root: R [K, B, B].   top: [K, B], where the largest eigenvector of RᵀF_γR was last.
+
+    blocks: int64 [K, 2], ranges of the flat vector.   live: bool [d].
+    """
+
+    def __init__(self, layout: BlockLayout, root: Tensor, top: Tensor, blocks: Tensor, live: Tensor) -> None:
+        self.layout, self.root, self.top, self.blocks, self.live = layout, root, top, blocks, live
+
+    @classmethod
+    def start(cls, layout: BlockLayout, blocks: Tensor, scale: float, live: Tensor, dtype: torch.dtype) -> BlockRoots:
+        """Q = scale I."""
+        size = int((blocks[:, 1] - blocks[:, 0]).max())
+        root = torch.zeros(len(blocks), size, size, dtype=dtype, device=live.device)
+        root.diagonal(dim1=1, dim2=2).fill_(math.sqrt(scale))
+        return cls(layout, root, torch.ones_like(root[:, 0]), blocks.to(live.device), live)
+
+    def diag(self, out: Tensor) -> None:
+        ops.factor_diagonal(self.root, self.blocks, out=out)
+
+    def mul(self, x: Tensor, out: Tensor) -> None:
+        ops.block_factor_matvec(self.root, self.blocks, x, out=out)
+
+    def step(self, grads: Tensor, damping: float, rate: float) -> Tensor:
+        """One step on every block; returns the loss of each before it, float64 [K].
+
+        Raises FisherError where a block diverged.
+        """
+        loss, largest = torch.empty(2, len(self.blocks), dtype=torch.float64, device=self.root.device)
+        ops.fishleg_block_step_(
+            self.root, self.top, grads, self.blocks, len(grads), loss, largest, damping=damping, rate=rate
+        )
+        if not bool(largest.isfinite().all()):
+            b = int((~largest.isfinite()).nonzero()[0])
+            start, stop = self.blocks[b].tolist()
+            raise FisherError(
+                f"the learned inverse diverged in weights {start} to {stop} of {self.layout!r} at damping={damping:g}; "
+                f"use a larger damping"
+            )
+        return loss
+
+    def loss(self, grads: Tensor, damping: float) -> float:
+        total = 0.0
+        for first in range(0, len(self.blocks), 4096):
+            root = self.root[first : first + 4096]
+            gram = root.mT @ root
+            total += float((damping / 2) * gram.square().sum(dtype=torch.float64))
+            total -= float(gram.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
+        image = torch.zeros_like(grads.T, dtype=self.root.dtype, memory_format=torch.contiguous_format)  # [d, k]
+        self.mul(grads.T.to(self.root.dtype).contiguous(), image)
+        return total + float(image.square().sum(dtype=torch.float64)) / (2 * len(grads))
+
+    def downdate(self, mask: Tensor) -> None:
+        ops.factor_downdate_(self.root, self.blocks, mask)
+
+    def matrices(self, first: int, last: int) -> Tensor:
+        """Q of some blocks [g, B, B], with 1 on the diagonal of weights that are gone."""
+        root = self.root[first:last]
+        q = root @ root.mT
+        index = self.blocks[first:last, :1] + torch.arange(root.shape[1], device=root.device)
+        gone = (index < self.blocks[first:last, 1:]) & ~self.live[index.clamp(max=len(self.live) - 1)]
+        q.diagonal(dim1=1, dim2=2).add_(gone.to(q.dtype))
+        return q
+
+    def joint(self, weight: Tensor, mask: Tensor, out: Tensor) -> None:
+        new = weight.contiguous().clone()
+        for first in range(0, len(self.blocks), 4096):
+            last = min(first + 4096, len(self.blocks))
+            failed = torch.empty(last - first, dtype=torch.bool, device=weight.device)
+            ops.obs_solve_(new, self.matrices(first, last), self.blocks[first:last], mask, failed)
+            if bool(failed.any()):
+                start, stop = self.blocks[first + int(failed.nonzero()[0])].tolist()
+                raise FisherError(
+                    f"the joint update of weights {start} to {stop} of {self.layout!r} breaks down in float64; use "
+                    f"update='sum' or a larger damping"
+                )
+        for start, stop in self._ranges():
+            out[start:stop] = new[start:stop]
+
+    def _ranges(self) -> list[tuple[int, int]]:
+        """The weights covered, as few ranges."""
+        edges = self.blocks.cpu()
+        cut = (edges[1:, 0] != edges[:-1, 1]).nonzero().squeeze(1) + 1
+        firsts, lasts = [0, *cut.tolist()], [*cut.tolist(), len(edges)]
+        return [(int(edges[a, 0]), int(edges[b - 1, 1])) for a, b in zip(firsts, lasts, strict=True)]
+
+    def variables(self) -> list[Tensor]:
+        return [self.root]
+
+    def slopes(self, r: Tensor, u: Tensor) -> list[Tensor]:
+        """∂ rᵀQu / ∂R = r (Rᵀu)ᵀ + u (Rᵀr)ᵀ."""
+        size = self.root.shape[1]
+        r, u = (padded(x.to(self.root.dtype), self.blocks, size, 0)[:, :, None] for x in (r, u))  # [K, B, 1]
+        return [r @ (u.mT @ self.root) + u @ (r.mT @ self.root)]
+
+
+class KroneckerTiles:
+    """Q = D (T ⊗ S) D, T = R Rᵀ, S = L Lᵀ, for the tiles of one tensor seen as a matrix [o, i].
+
+    start, stop: its range of the flat vector.   shape, last: of the tensor, and which dimension runs fastest there.
+    rows, columns: of the matrix; a convolution's columns are (channel, kernel), and its groups have tiles of their own.
+    left: R [N, a, a].   right: L [N, b, b].   scale: D [N, a, b], 0 where a tile overhangs (`inside` is False).
+    second: diag F as far as it is known, [N, a, b].   moments: those behind T and S, [N, a, a] and [N, b, b].
+
+    A step exact in u has u from N(0, D⁻²), D = diag(F_γ)^-½, the gradients' own scale.  Then T ⊗ S is fitted to the
+    inverse of D F_γ D, whose diagonal is 1, and each factor has a closed form for the other:
+
+        T = tr(S) (E[X S² Xᵀ] + γ diag(Σ_i D²_oi (S²)_ii))⁻¹,   X = D∘g,   and S alike.
+
+    Q stays that of the whole layer when weights are removed, since what is left of it would be no Kronecker product:
+    gradients of removed weights are learned from too, and the joint update solves for all that were ever removed.
+    """
+
+    def __init__(
+        self,
+        span: tuple[int, int],
+        shape: Sequence[int],
+        last: int,
+        tile: tuple[int, int],
+        *,
+        left: Tensor,
+        right: Tensor,
+        scale: Tensor,
+        second: Tensor,
+        moments: tuple[Tensor, Tensor],
+        inside: Tensor,
+    ) -> None:
+        self.start, self.stop = span
+        self.shape, self.last, self.tile = tuple(shape), last, tile
+        self.left, self.right, self.scale = left, right, scale
+        self.second, self.moments, self.inside = second, moments, inside
+
+    @classmethod
+    def start_at(
+        cls,
+        span: tuple[int, int],
+        shape: Sequence[int],
+        last: int,
+        *,
+        scale: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        groups: int = 1,
+        largest: int | None = None,
+    ) -> KroneckerTiles:
+        """Q = scale I.   largest: side of a tile, None for whole layers.   groups: of a convolution."""
+        rows, columns = shape[0], math.prod(shape[1:])
+        a, b = (-(-n // -(-n // min(n, largest or n))) for n in (rows // groups, columns))  # sides as even as they get
+        if groups > 1 and (rows // groups) % a:
+            a = next(n for n in range(a, 0, -1) if (rows // groups) % n == 0)  # no tile may cross a group
+        count = -(-rows // a) * -(-columns // b)
+
+        def identity(n: int) -> Tensor:
+            return torch.eye(n, dtype=dtype, device=device).repeat(count, 1, 1)
+
+        zeros = torch.zeros(count, a, b, dtype=dtype, device=device)
+        made = cls(
+            span, shape, last, (a, b),
+            left=identity(a), right=identity(b), scale=zeros, second=zeros.clone(),
+            moments=(0 * identity(a), 0 * identity(b)), inside=zeros.bool(),
+        )  # fmt: skip
+        ones = torch.ones(span[1], dtype=dtype, device=device)
+        made.scale = made.tiles(ones) * math.sqrt(scale)
+        made.inside = made.scale > 0
+        return made
+
+    def tiles(self, x: Tensor) -> Tensor:
+        """[*lead, d] -> [*lead, N, a, b], new, zeros where a tile overhangs."""
+        x = x[..., self.start : self.stop]
+        lead = x.shape[:-1]
+        moved = [*self.shape[: self.last], *self.shape[self.last + 1 :], self.shape[self.last]]
+        x = x.reshape(*lead, *moved).movedim(-1, len(lead) + self.last).reshape(*lead, self.shape[0], -1)
+        (a, b), (rows, columns) = self.tile, x.shape[-2:]
+        x = torch.nn.functional.pad(x, (0, -columns % b, 0, -rows % a))
+        x = x.reshape(*lead, x.shape[-2] // a, a, x.shape[-1] // b, b)
+        return x.transpose(-3, -2).reshape(*lead, -1, a, b).contiguous()
+
+    def flat(self, x: Tensor) -> Tensor:
+        """[*lead, N, a, b] -> [*lead, stop - start], the inverse of `tiles`."""
+        (a, b), lead = self.tile, x.shape[:-3]
+        rows, columns = self.shape[0], math.prod(self.shape[1:])
+        x = x.reshape(*lead, -(-rows // a), -1, a, b).transpose(-3, -2)
+        x = x.reshape(*lead, x.shape[-4] * a, -1)[..., :rows, :columns].reshape(*lead, *self.shape)
+        return x.movedim(len(lead) + self.last, -1).reshape(*lead, -1)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """T [N, a, a] and S [N, b, b]."""
+        return self.left @ self.left.mT, self.right @ self.right.mT
+
+    def times(self, x: Tensor) -> Tensor:
+        """Q x.   x: [n, N, a, b]."""
+        T, S = self.factors
+        out = torch.empty_like(x)
+        ops.kron_matvec(T, S, self.scale, x.contiguous(), out=out)
+        return out
+
+    def diag(self, out: Tensor) -> None:
+        T, S = (factor.square().sum(dim=2) for factor in (self.left, self.right))
+        out[self.start : self.stop] = self.flat(self.scale.square() * T[:, :, None] * S[:, None, :])
+
+    def mul(self, x: Tensor, out: Tensor) -> None:
+        product = self.flat(self.times(self.tiles(x.T.to(self.scale.dtype))))  # [n, stop - start]
+        out[self.start : self.stop] = product.T
+
+    def _moment(self, x: Tensor, other: Tensor, damping: float, *, left: bool) -> Tensor:
+        """The matrix whose inverse is T (left) or S up to a factor.   x: [k, N, a, b], D∘g.   other: S or T."""
+        scale = self.scale.square()
+        if not left:
+            x, scale = x.mT, scale.mT
+        k, n, a, b = x.shape
+        rows = (x @ other).permute(1, 2, 0, 3).reshape(n, a, k * b)
+        moment = rows @ rows.mT / k  # [N, a, a]
+        spread = other.square().sum(dim=2, keepdim=True)  # diag S², [N, b, 1]
+        moment.diagonal(dim1=1, dim2=2).add_(damping * (scale @ spread).squeeze(2))
+        return moment
+
+    def _solve(self, moment: Tensor) -> Tensor:
+        """R with R Rᵀ = moment⁻¹; rows without a weight count as 1."""
+        moment = moment.double()
+        diagonal = moment.diagonal(dim1=1, dim2=2)
+        diagonal += (diagonal == 0).double()
+        L, info = torch.linalg.cholesky_ex(moment)
+        if bool((info > 0).any()):
+            raise FisherError(
+                f"the Kronecker factors of weights {self.start} to {self.stop} are not positive definite; use a larger "
+                f"damping"
+            )
+        identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device).expand_as(L)
+        return torch.linalg.solve_triangular(L, identity, upper=False).mT
+
+    def step(self, grads: Tensor, damping: float, rate: float) -> Tensor:
+        """T and S once each in closed form.   rate: the share of these gradients in the moments."""
+        g = self.tiles(grads.to(self.scale.dtype))  # [k, N, a, b]
+        second = torch.lerp(self.second, g.square().mean(dim=0), rate)
+        self.scale = self.inside.to(g.dtype) / (second + damping).sqrt()
+        x = self.scale * g
+        T, _ = _unit(self.factors[0])
+        right = torch.lerp(self.moments[1], self._moment(x, T, damping, left=False), rate)
+        root = self._solve(right)
+        S, mean = _unit(root @ root.mT)
+        self.right = (root / mean.sqrt()).to(g.dtype)
+        left = torch.lerp(self.moments[0], self._moment(x, S.to(g.dtype), damping, left=True), rate)
+        self.left = (self._solve(left) * math.sqrt(S.shape[1])).to(g.dtype)  # tr S is its side
+        self._next = second, (left, right)
+        return torch.zeros(1, dtype=torch.float64)
+
+    def keep(self) -> None:
+        """Take the moments of the last step as what is known."""
+        self.second, self.moments = self._next
+
+    def loss(self, grads: Tensor, damping: float) -> float:
+        """The auxiliary loss with u from N(0, D⁻²)."""
+        T, S = self.factors
+        image = T @ (self.scale * self.tiles(grads.to(self.scale.dtype))) @ S
+        spread = (T * T).sum(dim=1, keepdim=True) @ self.scale.square() @ (S * S).sum(dim=2, keepdim=True)  # [N, 1, 1]
+        trace = T.diagonal(dim1=1, dim2=2).sum(dim=1) * S.diagonal(dim1=1, dim2=2).sum(dim=1)
+        total = image.square().sum(dtype=torch.float64) / len(grads) + damping * spread.sum(dtype=torch.float64)
+        return float(total) / 2 - float(trace.sum(dtype=torch.float64))
+
+    def downdate(self, mask: Tensor) -> None:
+        """Nothing to do: Q is that of the whole layer."""
+
+    def joint(self, weight: Tensor, mask: Tensor, out: Tensor) -> None:
+        """w − Q[:, P] (Q[P, P])⁻¹ w_P, P all weights outside the mask, by conjugate gradients on every tile, with Q's
+        diagonal as the preconditioner.
+        """
+        w = self.tiles(weight.double())[None]
+        gone = self.inside & (self.tiles(mask.double()) == 0)
+        wide = _in_float64(self)
+        T, S = wide.factors
+        diagonal = wide.scale.square() * T.diagonal(dim1=1, dim2=2)[:, :, None] * S.diagonal(dim1=1, dim2=2)[:, None]
+        diagonal = torch.where(self.inside, diagonal, 1)[None]
+
+        def product(x: Tensor) -> Tensor:
+            return wide.scale * (T @ (wide.scale * x) @ S)
+
+        def dot(x: Tensor, y: Tensor) -> Tensor:
+            return (x * y).sum(dim=(2, 3), keepdim=True)
+
+        y, residual = torch.zeros_like(w), torch.where(gone, w, 0)
+        goal = TOLERANCE**2 * dot(residual, residual / diagonal)
+        ahead = residual / diagonal
+        direction, square = ahead, dot(residual, ahead)
+        for _ in range(MAX_ITERATIONS):
+            if bool((square <= goal).all()):
+                change = torch.where(self.inside & ~gone, -product(y), 0)
+                out[self.start : self.stop] = self.flat(torch.where(gone, 0, w + change))[0].to(out.dtype)
+                return
+            image = torch.where(gone, product(direction), 0)
+            step = square / dot(direction, image).clamp(min=1e-300)
+            y = y + step * direction
+            residual = residual - step * image
+            ahead = residual / diagonal
+            before, square = square, dot(residual, ahead)
+            direction = ahead + (square / before.clamp(min=1e-300)) * direction
+        raise FisherError(
+            f"the joint update of weights {self.start} to {self.stop} does not converge in {MAX_ITERATIONS} conjugate "
+            f"gradients; use update='sum' or a larger damping"
+        )
+
+    def variables(self) -> list[Tensor]:
+        return [self.left, self.right, self.scale]
+
+    def slopes(self, r: Tensor, u: Tensor) -> list[Tensor]:
+        """The gradients of rᵀQu = <D∘r, T (D∘u) S> in R, L and D."""
+        T, S = self.factors
+        r, u = (self.tiles(x.to(self.scale.dtype)) for x in (r, u))
+        x, y = self.scale * r, self.scale * u
+        by_left, by_right = x @ S @ y.mT, x.mT @ T @ y
+        by_scale = r * (T @ y @ S) + u * (T @ x @ S)
+        return [(by_left + by_left.mT) @ self.left, (by_right + by_right.mT) @ self.right, by_scale * self.inside]
+
+
+def _unit(factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices [N, n, n] with a mean diagonal of 1, and what they were divided by [N, 1, 1]."""
+    mean = factors.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None]
+    return factors / mean, mean
+
+
+class _Wide:
+    def __init__(self, factors: tuple[Tensor, Tensor], scale: Tensor) -> None:
+        self.factors, self.scale = factors, scale
+
+
+def _in_float64(tiles: KroneckerTiles) -> _Wide:
+    left, right = tiles.left.double(), tiles.right.double()
+    return _Wide((left @ left.mT, right @ right.mT), tiles.scale.double())
+
+
+class FishLegInverse:
+    """Q ≈ (F + γ I)⁻¹ of every weight, learned; behind the interface of `FisherInverse`.
+
+    Made by `start` or `from_grads`, moved by `aux_step`, `fit` or `sampled_step`.
+    layout: the weights, and for "block" their blocks.   parameterization: of Q.   damping: γ, absolute.
+    horizon: gradients that Q remembers; a batch of k replaces the share k / (seen + k) of what it knows, seen at most
+    this many.   live: bool [d], False where a weight was removed; Q is 0 in its row and column.
+    history: what every `fit` has logged.
+    """
+
+    form = "fishleg"
+    mean: Tensor | None = None
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        forms: Sequence[BlockRoots | KroneckerTiles],
+        *,
+        parameterization: str,
+        damping: float,
+        horizon: float,
+        live: Tensor,
+        seen: float = 0.0,
+    ) -> None:
+        self.layout = layout
+        self.forms = list(forms)
+        self.parameterization = parameterization
+        self.damping = damping
+        self.horizon = horizon
+        self.live = live
+        self.seen = seen
+        self.history: list[dict[str, float]] = []
+        self._diagonal: Tensor | None = None
+
+    @classmethod
+    def start(
+        cls,
+        layout: BlockLayout,
+        *,
+        damping: float,
+        parameterization: str = "block",
+        scale: float | None = None,
+        horizon: float = 512,
+        tile: int = TILE,
+        conv_groups: Mapping[str, int] | None = None,
+        live: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> FishLegInverse:
+        """Q = scale I, by default I / γ, where no direction is underestimated.
+
+        layout: its blocks for "block"; "full" wants one block over everything, and the others do not look at them.
+        tile: largest side of a tile of "block-kron".   conv_groups: name -> groups of a convolution with more than one.
+        live: bool [d], by default all.   dtype: float32 or float64, of the state.
+        Raises FastFisherError on anything else.
+        """
+        if parameterization not in PARAMETERIZATIONS:
+            raise FastFisherError(
+                f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}; got {parameterization!r}"
+            )
+        if not (damping > 0 and math.isfinite(damping)):
+            raise FastFisherError(f"damping must be positive and finite, got {damping}")
+        if parameterization == "full" and not layout.single_block:
+            raise FastFisherError(f"parameterization='full' takes block_size=None, got {layout.block_size}")
+        scale = 1 / damping if scale is None else scale
+        if live is None:
+            live = torch.ones(layout.num_weights, dtype=torch.bool, device=device)
+        ranges = layout.parameter_ranges
+        forms: list[BlockRoots | KroneckerTiles] = []
+        single: list[tuple[int, int]] = []  # weights that stand alone
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            if parameterization == "diagonal" or ("kron" in parameterization and len(shape) < 2):
+                single.append(ranges[name])
+            elif "kron" in parameterization:
+                forms.append(
+                    KroneckerTiles.start_at(
+                        ranges[name], shape, layout.last.get(name, len(shape) - 1), scale=scale, dtype=dtype,
+                        device=live.device, groups=(conv_groups or {}).get(name, 1), largest=tile if parameterization == "block-kron" else None,
+                    )
+                )  # fmt: skip
+        if parameterization in ("block", "full"):
+            forms.append(BlockRoots.start(layout, layout.blocks, scale, live, dtype))
+        elif single:
+            places = torch.cat([torch.arange(a, b) for a, b in single])
+            forms.append(BlockRoots.start(layout, torch.stack([places, places + 1], dim=1), scale, live, dtype))
+        made = cls(layout, forms, parameterization=parameterization, damping=damping, horizon=horizon, live=live)
+        if not bool(live.all()):
+            for form in forms:
+                form.downdate(live)
+        return made
+
+    @classmethod
+    def from_grads(
+        cls,
+        grads: Tensor,
+        layout: BlockLayout,
+        *,
+        damping: float,
+        damping_mode: str = "absolute",
+        held_out: Tensor | None = None,
+        max_steps: int = 30,
+        **options: Any,
+    ) -> FishLegInverse:
+        """Start, and `fit` to gradients [k, d].   damping_mode: "relative" to the mean of their Fisher's diagonal.
+
+        options: those of `start`.
+        """
+        if damping_mode == "relative":
+            mean = float(grads.double().square().mean())
+            if not (mean > 0 and math.isfinite(mean)):
+                raise FastFisherError(
+                    f"damping_mode='relative' needs a positive, finite mean Fisher diagonal, got {mean:g}"
+                )
+            damping *= mean
+        dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
+        made = cls.start(layout, damping=damping, dtype=dtype, device=grads.device, **options)
+        made.fit(grads, held_out=held_out, max_steps=max_steps)
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lies."""
+        return self.live.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the state."""
+        return self.variables()[0].dtype
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of everything that Q keeps between steps."""
+        total = 0
+        for form in self.forms:
+            kept = [*form.variables()]
+            kept += [form.second, *form.moments] if isinstance(form, KroneckerTiles) else [form.top]
+            total += sum(x.numel() * x.element_size() for x in kept)
+        return total
+
+    def __repr__(self) -> str:
+        return (
+            f"FishLegInverse({self.layout.num_weights} weights, {self.parameterization}, "
+            f"{self.state_bytes / 2**20:.1f} MiB, damping={self.damping:g})"
+        )
+
+    def variables(self) -> list[Tensor]:
+        """What is learned: R of the blocks, or R, L and D of the tiles."""
+        return [x for form in self.forms for x in form.variables()]
+
+    def _inv_diag(self) -> Tensor:
+        if self._diagonal is None:
+            out = torch.zeros(self.layout.num_weights, dtype=self.dtype, device=self.device)
+            for form in self.forms:
+                form.diag(out)
+            self._diagonal = out * self.live
+        return self._diagonal
+
+    def diag(self) -> Tensor:
+        """The diagonal of Q, a new [d]; 0 where a weight was removed."""
+        return self._inv_diag().clone()
+
+    def mul(self, v: Tensor | Mapping[str, Tensor]) -> Any:
+        """Q v, new.   v: [d], [d, n], or named tensors of the layout's shapes; the result has the same form."""
+        if isinstance(v, Mapping):
+            return self.layout.unflatten(self.mul(self.layout.flatten(v)))
+        wide = checked_vectors(v, self.layout.num_weights)
+        x = v.detach().to(self.dtype).reshape(self.layout.num_weights, -1) * self.live[:, None]  # [d, n]
+        out = torch.zeros_like(x)
+        for form in self.forms:
+            form.mul(x, out)
+        return (out * self.live[:, None]).to(wide).reshape(v.shape)
+
+    def __matmul__(self, v: Tensor | Mapping[str, Tensor]) -> Any:
+        """Q @ v, the same as `mul`."""
+        return self.mul(v)
+
+    def columns(self, index: Tensor) -> Tensor:
+        """Q[:, index], [d, n].   index: int64 [n]."""
+        unit = torch.zeros(self.layout.num_weights, len(index), dtype=self.dtype, device=self.device)
+        unit[index, torch.arange(len(index), device=index.device)] = 1
+        product: Tensor = self.mul(unit)
+        return product
+
+    def saliency(self, weight: Tensor) -> Tensor:
+        """ρ = w² / (2 diag Q), 0 for weights that are 0.   weight: [d] float32/float64; returns the like."""
+        check_weight(weight, self.layout.num_weights)
+        w, diagonal = weight.detach().double(), self._inv_diag().double()
+        return torch.where(w == 0, 0, w.square() / (2 * diagonal)).to(weight.dtype)
+
+    def blockwise(self) -> FisherInverse:
+        """Q written out in blocks, for what goes through blocks; 1 on the diagonal of weights that were removed.
+
+        Raises FastFisherError where the parameterization has no blocks.
+        """
+        roots = self.forms[0]
+        if not isinstance(roots, BlockRoots) or len(self.forms) > 1 or len(roots.blocks) != self.layout.num_blocks:
+            raise FastFisherError(
+                f"parameterization={self.parameterization!r} has no blocks of weights; use update='sum' or 'joint'"
+            )
+        state = roots.matrices(0, len(roots.blocks))
+        part = Part(state, None, roots.blocks, block_ids(0, len(roots.blocks)))
+        unknown = torch.full((len(roots.blocks),), torch.nan, dtype=torch.float64)
+        return FisherInverse(
+            self.layout, [part], form="primal", damping=self.damping, num_grads=1, condition=unknown, dtype=state.dtype
+        )
+
+    def prune_update(self, weight: Tensor, mask: Tensor, update: str = "sum") -> Tensor:
+        """The weights after removing those outside the mask and correcting the others; new, exactly 0 outside.
+
+        weight: [d] float32/float64, left as it is.   mask: bool [d], True = keep.
+        update: "sum" adds the corrections of all removed weights, −Q (1_P ∘ w / diag Q); "joint" solves for them
+        together, −Q[:, P] (Q[P, P])⁻¹ w_P, block by block or tile by tile.
+        Raises FastFisherError on wrong input, FisherError where a joint solve breaks down.
+        """
+        check_weight(weight, self.layout.num_weights)
+        if update not in UPDATES:
+            raise FastFisherError(f"update must be one of {', '.join(UPDATES)}, got {update!r}")
+        weight = weight.detach()
+        if update == "sum":
+            gone = ~mask & self.live
+            ratio = torch.where(gone, weight.double() / self._inv_diag().double(), 0)
+            return torch.where(mask, weight - self.mul(ratio).to(weight.dtype), 0)
+        out = weight.clone(memory_format=torch.contiguous_format)
+        for form in self.forms:
+            form.joint(weight, mask, out)
+        return torch.where(mask, out, 0)
+
+    def downdate(self, mask: Tensor) -> None:
+        """Take the weights outside the mask [d] out of Q: exactly for blocks, where Q becomes the inverse of what is
+        left if it was that of all; tiles are masked, and fitted by the steps that follow.
+        """
+        for form in self.forms:
+            form.downdate(mask)
+        self.live &= mask
+        self._diagonal = None
+
+    def aux_step(self, grads: Tensor) -> float:
+        """One step, exact in u, on a mini-batch of gradients [k, d]; returns its auxiliary loss before, NaN for tiles.
+
+        Raises FisherError where a block diverges.
+        """
+        grads = self._masked(grads)
+        share = len(grads) / (self.seen + len(grads))
+        loss = sum(float(form.step(grads, self.damping, self._rate(form, share)).sum()) for form in self.forms)
+        self._remember(len(grads))
+        return loss
+
+    def _rate(self, form: BlockRoots | KroneckerTiles, share: float) -> float:
+        """How much of Q one step on a new batch may replace."""
+        return share
+
+    def _masked(self, grads: Tensor) -> Tensor:
+        if grads.ndim != 2 or grads.shape[1] != self.layout.num_weights:
+            raise FastFisherError(f"grads must be [k, {self.layout.num_weights}], got {list(grads.shape)}")
+        grads = grads.detach().to(self.dtype)
+        tiled = "kron" in self.parameterization  # those learn from removed weights too
+        return grads if tiled or bool(self.live.all()) else grads * self.live
+
+    def _remember(self, count: int) -> None:
+        self.seen = min(self.seen + count, self.horizon)
+        self._diagonal = None
+        for form in self.forms:
+            if isinstance(form, KroneckerTiles):
+                form.keep()
+
+    def loss(self, grads: Tensor) -> float:
+        """The auxiliary loss A(Q) with the Fisher of gradients [k, d]; tiles measure theirs in units of their D."""
+        grads = self._masked(grads)
+        return sum(form.loss(grads, self.damping) for form in self.forms)
+
+    def fit(self, grads: Tensor, *, held_out: Tensor | None = None, max_steps: int = 30) -> int:
+        """Steps on one batch [k, d] until the loss on the held-out gradients stops falling; returns how many.
+
+        held_out: [h, d], by default every eighth of the batch.
+        """
+        if held_out is None:
+            held_out = grads[::8]
+        grads, held_out = self._masked(grads), self._masked(held_out)
+        share = len(grads) / (self.seen + len(grads))
+        best = sum(form.loss(held_out, self.damping) for form in self.forms)
+        done = 0
+        while done < max_steps:
+            for form in self.forms:
+                form.step(grads, self.damping, self._rate(form, share))
+            done += 1
+            loss = sum(form.loss(held_out, self.damping) for form in self.forms)
+            self.history.append({"steps": done, "loss": loss})
+            if not loss < best - 1e-3 * abs(best):
+                break
+            best = loss
+        self._remember(len(grads))
+        return done
