@@ -260,6 +260,54 @@ def _woodbury(data: Inputs) -> Makers:
     }
 
 
+IN_CACHE = 64  # blocks at a time whose matrices stay in the caches of a core
+
+
+def _fishleg_step(data: Inputs) -> Makers:
+    piece, m = data.piece, data.num_grads
+
+    def ours() -> Contender:
+        loss, largest = _estimates(data)
+
+        def answer(b: int, _: object, root: Tensor, *rest: object) -> Answer:
+            return {"root": _our_block(data, root, b), "loss": loss[b], "largest": largest[b]}
+
+        return Contender(
+            lambda: (data.root.clone(), data.top.clone(), data.grads, data.blocks, m),
+            lambda root, top, grads, blocks, m: ops.fishleg_block_step_(
+                root, top, grads, blocks, m, DAMPING, 1.0, loss, largest
+            ),
+            answer,
+        )
+
+    def rival(at_once: int) -> Contender:
+        def setup() -> tuple:
+            sizes = [part.shape[2] for part in piece.parts]
+            roots = [x[:, :n, :n].clone() for x, n in zip(piece.split(data.root), sizes, strict=True)]
+            tops = [x[:, :n].clone() for x, n in zip(piece.split(data.top), sizes, strict=True)]
+            return roots, tops, piece.parts, m, DAMPING
+
+        def answer(b: int, found: list, roots: list[Tensor], *rest: object) -> Answer:
+            n = data.length(b)
+            loss, largest = ([each[i] for each in found] for i in range(2))
+            return {
+                "root": piece.pick(roots, b)[:n, :n],
+                "loss": piece.pick(loss, b),
+                "largest": piece.pick(largest, b),
+            }
+
+        step = rivals.fishleg_steps_ if at_once else rivals.fishleg_step_
+        rest = (at_once,) if at_once else ()
+        return Contender(lambda: (*setup(), *rest), _each(step), answer, piece)
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(1),
+        "strong": lambda: rival(0),
+        "strong in cache": lambda: rival(IN_CACHE),
+    }
+
+
 def _accumulate(data: Inputs) -> Makers:
     piece, m = data.piece, data.num_grads
 
@@ -564,6 +612,7 @@ _MAKERS: dict[str, Callable[[Inputs], Makers]] = {
     "inverse_diagonal_from_grads": _inverse_diagonal_from_grads,
     "sherman_morrison_": _sherman_morrison,
     "woodbury_": _woodbury,
+    "fishleg_block_step_": _fishleg_step,
     "fisher_accumulate_": _accumulate,
     "spd_inverse_": _spd_inverse,
     "dual_factor_": _dual_factor,
@@ -583,6 +632,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "inverse_from_grads": ("ours", "strong primal"),
     "inverse_diagonal_from_grads": ("ours", "strong primal"),
     "sherman_morrison_": ("ours", "loop", "strong primal"),
+    "fishleg_block_step_": ("ours", "loop", "strong", "strong in cache"),
 }
 
 
@@ -623,6 +673,20 @@ def _pruned(data: Inputs, b: int, new: Tensor) -> Answer:
     return {"weight": (weight - f_inv @ x) * mask, "zeros": zeros}
 
 
+def _fishleg_truth(data: Inputs, b: int) -> Answer:
+    """One step of FishLeg on block b, in float64."""
+    n, G = data.length(b), data.grads[:, data.range(b)].double()
+    R, v = data.root[b, :n, :n].double(), data.top[b, :n].double()
+    M = R.mT @ (G.mT @ G / data.num_grads + DAMPING * torch.eye(n, device=data.device)) @ R
+    for _ in range(3):
+        w = M @ (v / v.norm())
+        v = w
+    largest = w.norm()
+    step = (R @ M - R) * (0.5 / (1.1 * largest).clamp(min=1))
+    loss = (R @ M * R).sum() / 2 - R.square().sum()
+    return {"root": R - step, "loss": loss, "largest": largest}
+
+
 def _cumulative_loss(weight: Tensor, f_inv: Tensor) -> Tensor:
     """The loss after every removal, the cheapest weight of those left each time, float64 [n]."""
     weight, f_inv = weight.clone(), f_inv.clone()
@@ -652,6 +716,8 @@ def truth(problem: Problem, b: int, device: str = "cpu", got: Answer | None = No
         return {"fisher": (G.mT @ G / data.num_grads).tril()}
     if problem.op == "fisher_vector_product":
         return {"product": G.mT @ (G @ x) / data.num_grads}
+    if problem.op == "fishleg_block_step_":
+        return _fishleg_truth(data, b)
     if problem.op == "dual_factor_":
         C = G @ G.mT
         C.diagonal().add_(data.num_grads * DAMPING)

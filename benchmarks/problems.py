@@ -192,6 +192,15 @@ def _sherman_morrison(p: Problem) -> Floor:
     return Floor(_grads_bytes(p) + 2 * _state_bytes(p), 3 * p.num_grads * p.sum_over_blocks(2))
 
 
+def _fishleg_step(p: Problem) -> Floor:
+    """Z = G R: 2 k n^2; M = Z^T Z / m + gamma R^T R, one triangle; its three products with a vector: 6 n^2; R M: 2 n^3;
+    loss and new R: 6 n^2.   Root and start vectors in and out, two estimates out.
+    """
+    k, n1, n2, n3 = p.num_grads, p.num_weights, p.sum_over_blocks(2), p.sum_over_blocks(3)
+    flops = 2 * k * n2 + k * (n2 + n1) + (n3 + n2) + 12 * n2 + 2 * n3
+    return Floor(_grads_bytes(p) + 2 * _state_bytes(p) + 8 * n1 + 16 * p.num_blocks, flops)
+
+
 def _woodbury(p: Problem) -> Floor:
     """V = F G^T: 2 k n^2; capacitance, one triangle: k^2 n; its factor: k^3/3; L^-1 V^T: k^2 n; update, one triangle:
     k n^2.
@@ -304,6 +313,7 @@ FLOORS: dict[tuple[str, str], Callable[[Problem], Floor]] = {
     ),
     ("sherman_morrison_", "primal"): _sherman_morrison,
     ("woodbury_", "primal"): _woodbury,
+    ("fishleg_block_step_", "primal"): _fishleg_step,
     ("fisher_accumulate_", "primal"): _accumulate,
     ("spd_inverse_", "primal"): _spd_inverse,
     ("dual_factor_", "dual"): _dual_factor,
@@ -337,6 +347,7 @@ PROBLEMS = (
     Problem("inverse_diagonal_from_grads", RESNET20, 256, 100, expected_share=0.5),
     Problem("sherman_morrison_", RESNET20, 256, 50, expected_share=0.25, bars={"loop": 10}),
     Problem("woodbury_", RESNET20, 32, 100, expected_share=0.4),
+    Problem("fishleg_block_step_", 1 << 18, 32, 64, expected_share=0.8, bars={"loop": 6, "strong": 2}),
     Problem("fisher_accumulate_", RESNET20, 256, 50, expected_share=0.6),
     Problem("fisher_accumulate_", RESNET20, 256, 100, expected_share=0.6),
     Problem("spd_inverse_", RESNET20, 256, 50, expected_share=0.2),
@@ -408,6 +419,7 @@ GPU_PROBLEMS = (
     _resnet50("spd_inverse_", 256, 256, "primal", 0.45, contenders=(*_OP, "strong solve", "strong lu")),
     _resnet50("woodbury_", 32, 50, "primal", 0.3),
     _resnet50("woodbury_", 32, 128, "primal", 0.3),
+    _resnet50("fishleg_block_step_", 32, 50, contenders=("ours", "strong", "triton")),
     _resnet50("fisher_accumulate_", 256, 50, "primal", 0.6),
     _resnet50("fisher_accumulate_", 256, 128, "primal", 0.8),
     _resnet50("dual_factor_", 100, 1000, "dual"),

@@ -133,6 +133,15 @@ PYBIND11_MODULE(_native, module) {
             kernels.woodbury(at<std::remove_pointer_t<decltype(t)>>(f_inv), g, blocks, num_grads, threads);
         });
     });
+    module.def("fishleg_block_step",
+               [](const std::string& isa, int threads, bool is_double, Address root, Address top, Gradients g,
+                  Blocks blocks, double num_grads, double damping, double rate, Address loss, Address largest) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.fishleg_block_step(at<T>(root), at<T>(top), g, blocks, num_grads, damping, rate,
+                                                  at<double>(loss), at<double>(largest), threads);
+                   });
+               });
     module.def("fisher_accumulate", [](const std::string& isa, int threads, bool is_double, Address fisher, Gradients g,
                                        Blocks blocks, double num_grads) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {

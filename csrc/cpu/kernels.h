@@ -23,6 +23,11 @@ struct Kernels {
     void (*sherman_morrison)(T* f_inv, Gradients, Blocks, double num_grads, int threads);
     // The same for k gradients at once through the capacitance m I + G f_inv G^T; NaN where it is not definite.
     void (*woodbury)(T* f_inv, Gradients, Blocks, double num_grads, int threads);
+    // One auxiliary step of FishLeg, R <- R - eta (R M - R) with M = (G R)^T (G R) / m + damping R^T R, for root
+    // [K, B, B]; eta = rate / 2 / max(1, 1.1 largest). largest [K]: eigenvalue of M by power iterations from top [K,
+    // B], which is overwritten. loss [K]: 1/2 <M, R^T R> - tr R^T R before. Both +inf for a block left untouched.
+    void (*fishleg_block_step)(T* root, T* top, Gradients, Blocks, double num_grads, double damping, double rate,
+                               double* loss, double* largest, int threads);
     // fisher [K, B, B] += G^T G / m, lower triangle only.
     void (*fisher_accumulate)(T* fisher, Gradients, Blocks, double num_grads, int threads);
     // matrix [K, B, B] <- F^-1, F = matrix + damping I from the lower triangle. condition [K]: ||A||_F ||A^-1||_F,

@@ -4,6 +4,7 @@
 #include "block_matvec.h"
 #include "dual_factor.h"
 #include "fisher_accumulate.h"
+#include "fishleg_block_step.h"
 #include "inverse_diagonal.h"
 #include "inverse_from_grads.h"
 #include "obs.h"
@@ -17,24 +18,11 @@ namespace FF_NAMESPACE {
 
 template <class T>
 constexpr Kernels<T> kernels() {
-    return {sherman_morrison<T>,
-            woodbury<T>,
-            fisher_accumulate<T>,
-            spd_inverse<T>,
-            inverse_from_grads<T>,
-            inverse_diagonal<T>,
-            inverse_diagonal_dual<T>,
-            block_matvec<T>,
-            block_matvec_dual<T>,
-            fisher_vector_product<T>,
-            obs_saliency<T>,
-            prune_mask<T>,
-            obs_update<T>,
-            obs_update_dual<T>,
-            obs_eliminate<T>,
-            obs_eliminate_dual<T>,
-            obs_solve<T>,
-            obs_solve_dual<T>};
+    return {sherman_morrison<T>,   woodbury<T>,           fishleg_block_step<T>,    fisher_accumulate<T>,
+            spd_inverse<T>,        inverse_from_grads<T>, inverse_diagonal<T>,      inverse_diagonal_dual<T>,
+            block_matvec<T>,       block_matvec_dual<T>,  fisher_vector_product<T>, obs_saliency<T>,
+            prune_mask<T>,         obs_update<T>,         obs_update_dual<T>,       obs_eliminate<T>,
+            obs_eliminate_dual<T>, obs_solve<T>,          obs_solve_dual<T>};
 }
 
 extern const KernelTable table;

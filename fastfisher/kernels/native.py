@@ -140,6 +140,32 @@ def _woodbury(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> N
     )
 
 
+@implement("fishleg_block_step_", "native", why_not)
+def _fishleg_block_step(
+    root: Tensor,
+    top: Tensor,
+    grads: Tensor,
+    blocks: Tensor,
+    num_grads: int,
+    damping: float,
+    rate: float,
+    loss: Tensor,
+    largest: Tensor,
+) -> None:
+    _kernel("fishleg_block_step")(
+        _is_double(root),
+        root.data_ptr(),
+        top.data_ptr(),
+        _grads(grads),
+        _blocks(blocks, root.shape[-1]),
+        num_grads,
+        damping,
+        rate,
+        loss.data_ptr(),
+        largest.data_ptr(),
+    )
+
+
 @implement("fisher_accumulate_", "native", why_not)
 def _fisher_accumulate(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
     _kernel("fisher_accumulate")(

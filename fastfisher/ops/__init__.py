@@ -12,6 +12,7 @@ from fastfisher.ops.block_matvec import block_matvec
 from fastfisher.ops.dual_factor import dual_factor_
 from fastfisher.ops.fisher_accumulate import fisher_accumulate_
 from fastfisher.ops.fisher_vector_product import fisher_vector_product
+from fastfisher.ops.fishleg_block_step import fishleg_block_step_
 from fastfisher.ops.inverse_diagonal import inverse_diagonal
 from fastfisher.ops.inverse_from_grads import inverse_diagonal_from_grads, inverse_from_grads
 from fastfisher.ops.obs_eliminate import obs_eliminate
@@ -35,6 +36,7 @@ __all__ = [
     "inverse_from_grads",
     "inverse_diagonal_from_grads",
     "fisher_vector_product",
+    "fishleg_block_step_",
     "dual_factor_",
     "inverse_diagonal",
     "block_matvec",

@@ -34,6 +34,17 @@ def valid() -> dict[str, dict[str, object]]:
         "sherman_morrison_": {"f_inv": state, "grads": grads, "blocks": BLOCKS, "num_grads": 5},
         "woodbury_": {"f_inv": state, "grads": grads, "blocks": BLOCKS, "num_grads": 5},
         "fisher_accumulate_": {"fisher": state, "grads": grads, "blocks": BLOCKS, "num_grads": 5},
+        "fishleg_block_step_": {
+            "root": state,
+            "top": torch.ones(2, 4),
+            "grads": grads,
+            "blocks": BLOCKS,
+            "num_grads": 5,
+            "damping": 0.1,
+            "rate": 1.0,
+            "loss": torch.zeros(2, dtype=torch.float64),
+            "largest": torch.zeros(2, dtype=torch.float64),
+        },
         "spd_inverse_": {
             "matrix": state,
             "damping": 0.0,
@@ -259,6 +270,12 @@ BAD: list[tuple[str, Change, str]] = [
         lambda: {"groups": torch.zeros(7, dtype=torch.int64), "together": 2},
         "together must be 1 with them, got 2",
     ),
+    ("fishleg_block_step_", lambda: {"top": torch.ones(2, 3)}, r"top must be \[2, 4\], got \[2, 3\]"),
+    ("fishleg_block_step_", lambda: {"top": torch.ones(2, 4).double()}, "top must be float32, got float64"),
+    ("fishleg_block_step_", lambda: {"damping": 0.0}, "damping must be positive and finite, got 0"),
+    ("fishleg_block_step_", lambda: {"rate": 0.0}, r"rate must be in \(0, 1\], got 0"),
+    ("fishleg_block_step_", lambda: {"rate": 1.5}, r"rate must be in \(0, 1\], got 1.5"),
+    ("fishleg_block_step_", lambda: {"loss": torch.zeros(2)}, "loss must be float64, got float32"),
     ("obs_solve_", lambda: {**dual(), "num_grads": 0}, "num_grads must be at least 1, got 0"),
 ]
 

@@ -228,6 +228,35 @@ def eliminations(form: str, keep: int = 0, together: int = 1) -> Callable[[Case,
     return make
 
 
+def exact_root(case: Case, dtype: torch.dtype) -> Tensor:
+    """R with R Rᵀ = F⁻¹, NaN in the padding: half-way between a Cholesky factor and a symmetric root."""
+    state = exact_state(case, torch.float64)
+    for b, (start, stop) in enumerate(case.blocks().tolist()):
+        n = stop - start
+        values, vectors = torch.linalg.eigh(state[b, :n, :n])
+        state[b, :n, :n] = vectors * values.clamp(min=0).sqrt()
+    return state.to(dtype)
+
+
+def steps(case: Case, dtype: torch.dtype) -> Args:
+    """Arguments of fishleg_block_step_: a root not far from that of F⁻¹, every seventh row of it zero.
+
+    The first block's power iteration has nothing to start from.
+    """
+    root = exact_root(case, dtype)
+    top = torch.full(root.shape[:2], torch.nan, dtype=dtype)
+    noise = vector(case, dtype, 2, salt=3)
+    for b, (start, stop) in enumerate(case.blocks().tolist()):
+        n = stop - start
+        R = root[b, :n, :n]
+        R *= 1 + 0.3 * noise[start:stop, :1]
+        R += 0.1 * R.diagonal().mean() * noise[start:stop, 1]
+        R[6::7] = 0
+        top[b, :n] = noise[start:stop, 0] if b else 0
+    found = estimates(case)
+    return [root, top, case.grads(), case.blocks(), case.num_grads, case.damping, 0.7, *found]
+
+
 @dataclass(frozen=True)
 class Row:
     """An op, how its arguments are made, and which of its outputs are compared as numbers."""
@@ -245,6 +274,7 @@ ROWS = [
     Row("sherman_morrison_", "", running, (0,)),
     Row("woodbury_", "", running, (0,)),
     Row("fisher_accumulate_", "", gram, (0,)),
+    Row("fishleg_block_step_", "", steps, (0, 1, 7, 8)),
     Row("spd_inverse_", "", matrices, (0, 2, 3)),
     Row("inverse_from_grads", "", builds, (0, 5, 6)),
     Row("inverse_diagonal_from_grads", "", diagonal_builds, (0, 6, 7)),
