@@ -465,6 +465,100 @@ def _fisher_vector_product(data: Inputs) -> Makers:
     return {"ours": ours, "strong": strong}
 
 
+def _one_by_one(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A rival run on a block at a time."""
+    return lambda *args: torch.cat(
+        [function(*block) for block in zip(*(x.split(1) for x in args), strict=True)]
+    )
+
+
+def _factor_diagonal(data: Inputs) -> Makers:
+    def ours() -> Contender:
+        out = torch.empty_like(data.weight)
+        return Contender(
+            lambda: (data.root, data.blocks),
+            lambda root, blocks: ops.factor_diagonal(root, blocks, out=out),
+            lambda b, *rest: {"diag": out[data.range(b)]},
+        )
+
+    def rival(run: Callable[..., Tensor]) -> Contender:
+        return Contender(lambda: (data.root,), run, lambda b, got, *rest: {"diag": got[b, : data.length(b)]})
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(_one_by_one(rivals.factor_diagonal)),
+        "strong": lambda: rival(rivals.factor_diagonal),
+    }
+
+
+def _block_factor_matvec(data: Inputs) -> Makers:
+    def ours() -> Contender:
+        out = torch.empty_like(data.x)
+        return Contender(
+            lambda: (data.root, data.blocks, data.x),
+            lambda root, blocks, x: ops.block_factor_matvec(root, blocks, x, out=out),
+            lambda b, *rest: {"product": out[data.range(b), 0]},
+        )
+
+    def rival(run: Callable[..., Tensor]) -> Contender:
+        x = data.padded(data.x[:, 0])
+        return Contender(
+            lambda: (data.root, x), run, lambda b, got, *rest: {"product": got[b, : data.length(b)]}
+        )
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(_one_by_one(rivals.block_factor_matvec)),
+        "strong": lambda: rival(rivals.block_factor_matvec),
+    }
+
+
+def _factor_downdate(data: Inputs) -> Makers:
+    piece = data.piece
+
+    def ours() -> Contender:
+        return Contender(
+            lambda: (data.root.clone(), data.blocks, data.mask),
+            ops.factor_downdate_,
+            lambda b, _, root, *rest: {"root": _our_block(data, root, b)},
+        )
+
+    def rival(run: Callable[..., None]) -> Contender:
+        mask = piece.rows(data.mask, True)
+        return Contender(
+            lambda: (piece.of(data.root).clone(), mask),
+            run,
+            lambda b, _, root, *rest: {"root": root[b // piece.every, : data.length(b), : data.length(b)]},
+            piece,
+        )
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(rivals.factor_downdate_loop_),
+        "strong": lambda: rival(rivals.factor_downdate_),
+    }
+
+
+def _kron_matvec(data: Inputs) -> Makers:
+    def ours() -> Contender:
+        out = torch.empty_like(data.tiles[3])
+        return Contender(
+            lambda: data.tiles,
+            lambda *args: ops.kron_matvec(*args, out=out),
+            lambda b, *rest: {"product": out[0, b % out.shape[1]]},
+        )
+
+    def rival(run: Callable[..., Tensor]) -> Contender:
+        *factors, x = data.tiles
+        return Contender(lambda: (*factors, x[0]), run, lambda b, got, *rest: {"product": got[b % len(got)]})
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(_one_by_one(rivals.kron_matvec)),
+        "strong": lambda: rival(rivals.kron_matvec),
+    }
+
+
 def _obs_saliency(data: Inputs) -> Makers:
     def ours() -> Contender:
         out = torch.empty_like(data.weight)
@@ -619,6 +713,10 @@ _MAKERS: dict[str, Callable[[Inputs], Makers]] = {
     "inverse_diagonal": _inverse_diagonal,
     "block_matvec": _block_matvec,
     "fisher_vector_product": _fisher_vector_product,
+    "factor_diagonal": _factor_diagonal,
+    "block_factor_matvec": _block_factor_matvec,
+    "factor_downdate_": _factor_downdate,
+    "kron_matvec": _kron_matvec,
     "obs_eliminate": _obs_eliminate,
     "obs_saliency": _obs_saliency,
     "prune_mask": _prune_mask,
@@ -633,6 +731,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "inverse_diagonal_from_grads": ("ours", "strong primal"),
     "sherman_morrison_": ("ours", "loop", "strong primal"),
     "fishleg_block_step_": ("ours", "loop", "strong", "strong in cache"),
+    **dict.fromkeys(
+        ("factor_diagonal", "block_factor_matvec", "factor_downdate_", "kron_matvec"),
+        ("ours", "loop", "strong"),
+    ),
 }
 
 
@@ -718,6 +820,16 @@ def truth(problem: Problem, b: int, device: str = "cpu", got: Answer | None = No
         return {"product": G.mT @ (G @ x) / data.num_grads}
     if problem.op == "fishleg_block_step_":
         return _fishleg_truth(data, b)
+    if problem.op == "kron_matvec":
+        left, right, scale, y = (
+            each.flatten(end_dim=-3)[b % problem.num_tiles].double() for each in data.tiles
+        )
+        return {"product": scale * (left @ (scale * y) @ right)}
+    if problem.op in ("factor_diagonal", "block_factor_matvec", "factor_downdate_"):
+        R = _our_block(data, data.root, b).double()
+        V = torch.linalg.qr(R[~mask].mT).Q
+        removed = torch.where(mask[:, None], R - (R @ V) @ V.mT, 0)
+        return {"diag": R.square().sum(dim=1), "product": R @ (R.mT @ x), "root": removed}
     if problem.op == "dual_factor_":
         C = G @ G.mT
         C.diagonal().add_(data.num_grads * DAMPING)

@@ -67,6 +67,13 @@ class Inputs:
         return root.mul_(self.inside[:, :, None]).mul_(self.inside[:, None, :])
 
     @cached_property
+    def tiles(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Symmetric T and S, scale D and x of kron_matvec, [N, B, B] each, x with one dimension before."""
+        N, B = self.problem.num_tiles, self.block_size
+        left, right = self._normal(N, B, B), self._normal(N, B, B)
+        return left + left.mT, right + right.mT, self._normal(N, B, B), self._normal(1, N, B, B)
+
+    @cached_property
     def inside(self) -> Tensor:
         """Which places of [K, B] are weights."""
         lengths = self.blocks[:, 1:] - self.blocks[:, :1]

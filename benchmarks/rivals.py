@@ -231,6 +231,42 @@ def fishleg_steps_(
     return torch.cat(loss), torch.cat(largest)
 
 
+def factor_diagonal(root: Tensor) -> Tensor:
+    """Row sums of R o R: [K, B, B] -> [K, B]."""
+    return torch.linalg.vecdot(root, root, dim=2)
+
+
+def block_factor_matvec(root: Tensor, x: Tensor) -> Tensor:
+    """R (R^T x).   root [K, B, B], x [K, B]."""
+    return torch.bmm(root, torch.bmm(root.mT, x.unsqueeze(2))).squeeze(2)
+
+
+def factor_downdate_(root: Tensor, mask: Tensor) -> None:
+    """R -= Q_P Q_PP^-1 R_P, Q = R R^T, and R_P = 0 for the removed rows P.   root [K, B, B], mask [K, B].
+
+    As in `obs_solve_primal_`, the rows that stay become those of the identity, so that one batched factor does.
+    """
+    pruned = ~mask
+    Q = torch.bmm(root, root.mT)
+    system = torch.where(pruned.unsqueeze(-1) & pruned.unsqueeze(-2), Q, 0)
+    system.diagonal(dim1=1, dim2=2).add_(mask)
+    x = torch.cholesky_solve(root * pruned.unsqueeze(-1), torch.linalg.cholesky_ex(system).L)
+    root.baddbmm_(Q, x, alpha=-1).mul_(mask.unsqueeze(-1))
+
+
+def factor_downdate_loop_(root: Tensor, mask: Tensor) -> None:
+    """The same block after block, by an orthonormal basis of the removed rows."""
+    for R, keep in zip(root, mask, strict=True):
+        V = torch.linalg.qr(R[~keep].mT).Q
+        R -= (R @ V) @ V.mT
+        R[~keep] = 0
+
+
+def kron_matvec(left: Tensor, right: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """D o (T (D o x) S), [N, o, i]."""
+    return torch.bmm(torch.bmm(left, scale * x), right).mul_(scale)
+
+
 def woodbury_(f_inv: Tensor, grads: Tensor, num_grads: int) -> None:
     """f_inv -= V C^-1 V^T with V = f_inv G^T, C = m I + G V.   f_inv [K, B, B], grads [K, k, B]."""
     v = torch.bmm(f_inv, grads.mT)  # [K, B, k]

@@ -206,6 +206,36 @@ PYBIND11_MODULE(_native, module) {
             kernels.fisher_vector_product(at<T>(out), at<const T>(x), columns, g, blocks, num_grads, threads);
         });
     });
+    module.def("factor_diagonal",
+               [](const std::string& isa, int threads, bool is_double, Address out, Address root, Blocks blocks) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.factor_diagonal(at<T>(out), at<const T>(root), blocks, threads);
+                   });
+               });
+    module.def("block_factor_matvec", [](const std::string& isa, int threads, bool is_double, Address out, Address x,
+                                         int64_t columns, Address root, Blocks blocks) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.block_factor_matvec(at<T>(out), at<const T>(x), columns, at<const T>(root), blocks, threads);
+        });
+    });
+    module.def("factor_downdate",
+               [](const std::string& isa, int threads, bool is_double, Address root, Blocks blocks, Address mask) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.factor_downdate(at<T>(root), blocks, at<const uint8_t>(mask), threads);
+                   });
+               });
+    module.def("kron_matvec",
+               [](const std::string& isa, int threads, bool is_double, Address out, Address left, Address right,
+                  Address scale, Address x, int64_t columns, int64_t tiles, int64_t o, int64_t i) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.kron_matvec(at<T>(out), at<const T>(left), at<const T>(right), at<const T>(scale),
+                                           at<const T>(x), columns, tiles, o, i, threads);
+                   });
+               });
     module.def("obs_saliency", [](const std::string& isa, int threads, bool is_double, Address out, Address weight,
                                   Address inv_diag, int64_t count) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {

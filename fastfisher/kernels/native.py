@@ -300,6 +300,53 @@ def _block_matvec(
         out.copy_(result)
 
 
+@implement("factor_diagonal", "native", why_not)
+def _factor_diagonal(root: Tensor, blocks: Tensor, out: Tensor) -> None:
+    dtype = _widest(root, out)
+    root, result = root.to(dtype), out.to(dtype)
+    _kernel("factor_diagonal")(
+        _is_double(result), result.data_ptr(), root.data_ptr(), _blocks(blocks, root.shape[-1])
+    )
+    if result is not out:
+        out.copy_(result)
+
+
+@implement("block_factor_matvec", "native", why_not)
+def _block_factor_matvec(root: Tensor, blocks: Tensor, x: Tensor, out: Tensor) -> None:
+    dtype = _widest(root, out)
+    root, x, result = root.to(dtype), x.to(dtype), out.to(dtype)
+    _kernel("block_factor_matvec")(
+        _is_double(result),
+        result.data_ptr(),
+        x.data_ptr(),
+        x.shape[1],
+        root.data_ptr(),
+        _blocks(blocks, root.shape[-1]),
+    )
+    if result is not out:
+        out.copy_(result)
+
+
+@implement("factor_downdate_", "native", why_not)
+def _factor_downdate(root: Tensor, blocks: Tensor, mask: Tensor) -> None:
+    _kernel("factor_downdate")(
+        _is_double(root), root.data_ptr(), _blocks(blocks, root.shape[-1]), mask.data_ptr()
+    )
+
+
+@implement("kron_matvec", "native", why_not)
+def _kron_matvec(left: Tensor, right: Tensor, scale: Tensor, x: Tensor, out: Tensor) -> None:
+    _kernel("kron_matvec")(
+        _is_double(x),
+        out.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        scale.data_ptr(),
+        x.data_ptr(),
+        *x.shape,
+    )
+
+
 @implement("obs_saliency", "native", why_not)
 def _obs_saliency(weight: Tensor, inv_diag: Tensor, out: Tensor) -> None:
     dtype = _widest(weight, inv_diag, out)

@@ -80,6 +80,21 @@ def valid() -> dict[str, dict[str, object]]:
             "loss": torch.zeros(7, dtype=torch.float64),
             "failed": torch.zeros(2, dtype=torch.bool),
         },
+        "factor_diagonal": {"root": state, "blocks": BLOCKS, "out": torch.zeros(7)},
+        "block_factor_matvec": {
+            "root": state,
+            "blocks": BLOCKS,
+            "x": torch.ones(7, 2),
+            "out": torch.zeros(7, 2),
+        },
+        "factor_downdate_": {"root": state, "blocks": BLOCKS, "mask": keep},
+        "kron_matvec": {
+            "left": torch.ones(2, 3, 3),
+            "right": torch.ones(2, 4, 4),
+            "scale": torch.ones(2, 3, 4),
+            "x": torch.ones(5, 2, 3, 4),
+            "out": torch.zeros(5, 2, 3, 4),
+        },
         "obs_saliency": {"weight": w, "inv_diag": torch.ones(7), "out": torch.zeros(7)},
         "prune_mask": {
             "saliency": w,
@@ -276,6 +291,13 @@ BAD: list[tuple[str, Change, str]] = [
     ("fishleg_block_step_", lambda: {"rate": 0.0}, r"rate must be in \(0, 1\], got 0"),
     ("fishleg_block_step_", lambda: {"rate": 1.5}, r"rate must be in \(0, 1\], got 1.5"),
     ("fishleg_block_step_", lambda: {"loss": torch.zeros(2)}, "loss must be float64, got float32"),
+    ("factor_diagonal", lambda: {"root": torch.ones(2, 4, 3)}, r"root must be \[K, B, B\], got \[2, 4, 3\]"),
+    ("factor_diagonal", lambda: {"out": torch.zeros(6)}, r"within \[0, 6\), got \[0, 7\)"),
+    ("block_factor_matvec", lambda: {"out": torch.zeros(7, 3)}, r"out must be \[7, 2\], got \[7, 3\]"),
+    ("factor_downdate_", lambda: {"mask": torch.ones(7)}, "mask must be bool, got float32"),
+    ("kron_matvec", lambda: {"x": torch.ones(5, 2, 4, 3)}, r"x must be \[n, 2, 3, 4\], got \[5, 2, 4, 3\]"),
+    ("kron_matvec", lambda: {"left": torch.ones(2, 4, 4)}, r"left must be \[2, 3, 3\], got \[2, 4, 4\]"),
+    ("kron_matvec", lambda: {"right": torch.ones(2, 4, 4).double()}, "right must be float32, got float64"),
     ("obs_solve_", lambda: {**dual(), "num_grads": 0}, "num_grads must be at least 1, got 0"),
 ]
 
