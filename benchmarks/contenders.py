@@ -260,6 +260,54 @@ def _woodbury(data: Inputs) -> Makers:
     }
 
 
+IN_CACHE = 64  # blocks at a time whose matrices stay in the caches of a core
+
+
+def _fishleg_step(data: Inputs) -> Makers:
+    piece, m = data.piece, data.num_grads
+
+    def ours() -> Contender:
+        loss, largest = _estimates(data)
+
+        def answer(b: int, _: object, root: Tensor, *rest: object) -> Answer:
+            return {"root": _our_block(data, root, b), "loss": loss[b], "largest": largest[b]}
+
+        return Contender(
+            lambda: (data.root.clone(), data.top.clone(), data.grads, data.blocks, m),
+            lambda root, top, grads, blocks, m: ops.fishleg_block_step_(
+                root, top, grads, blocks, m, DAMPING, 1.0, loss, largest
+            ),
+            answer,
+        )
+
+    def rival(at_once: int) -> Contender:
+        def setup() -> tuple:
+            sizes = [part.shape[2] for part in piece.parts]
+            roots = [x[:, :n, :n].clone() for x, n in zip(piece.split(data.root), sizes, strict=True)]
+            tops = [x[:, :n].clone() for x, n in zip(piece.split(data.top), sizes, strict=True)]
+            return roots, tops, piece.parts, m, DAMPING
+
+        def answer(b: int, found: list, roots: list[Tensor], *rest: object) -> Answer:
+            n = data.length(b)
+            loss, largest = ([each[i] for each in found] for i in range(2))
+            return {
+                "root": piece.pick(roots, b)[:n, :n],
+                "loss": piece.pick(loss, b),
+                "largest": piece.pick(largest, b),
+            }
+
+        step = rivals.fishleg_steps_ if at_once else rivals.fishleg_step_
+        rest = (at_once,) if at_once else ()
+        return Contender(lambda: (*setup(), *rest), _each(step), answer, piece)
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(1),
+        "strong": lambda: rival(0),
+        "strong in cache": lambda: rival(IN_CACHE),
+    }
+
+
 def _accumulate(data: Inputs) -> Makers:
     piece, m = data.piece, data.num_grads
 
@@ -417,6 +465,100 @@ def _fisher_vector_product(data: Inputs) -> Makers:
     return {"ours": ours, "strong": strong}
 
 
+def _one_by_one(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A rival run on a block at a time."""
+    return lambda *args: torch.cat(
+        [function(*block) for block in zip(*(x.split(1) for x in args), strict=True)]
+    )
+
+
+def _factor_diagonal(data: Inputs) -> Makers:
+    def ours() -> Contender:
+        out = torch.empty_like(data.weight)
+        return Contender(
+            lambda: (data.root, data.blocks),
+            lambda root, blocks: ops.factor_diagonal(root, blocks, out=out),
+            lambda b, *rest: {"diag": out[data.range(b)]},
+        )
+
+    def rival(run: Callable[..., Tensor]) -> Contender:
+        return Contender(lambda: (data.root,), run, lambda b, got, *rest: {"diag": got[b, : data.length(b)]})
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(_one_by_one(rivals.factor_diagonal)),
+        "strong": lambda: rival(rivals.factor_diagonal),
+    }
+
+
+def _block_factor_matvec(data: Inputs) -> Makers:
+    def ours() -> Contender:
+        out = torch.empty_like(data.x)
+        return Contender(
+            lambda: (data.root, data.blocks, data.x),
+            lambda root, blocks, x: ops.block_factor_matvec(root, blocks, x, out=out),
+            lambda b, *rest: {"product": out[data.range(b), 0]},
+        )
+
+    def rival(run: Callable[..., Tensor]) -> Contender:
+        x = data.padded(data.x[:, 0])
+        return Contender(
+            lambda: (data.root, x), run, lambda b, got, *rest: {"product": got[b, : data.length(b)]}
+        )
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(_one_by_one(rivals.block_factor_matvec)),
+        "strong": lambda: rival(rivals.block_factor_matvec),
+    }
+
+
+def _factor_downdate(data: Inputs) -> Makers:
+    piece = data.piece
+
+    def ours() -> Contender:
+        return Contender(
+            lambda: (data.root.clone(), data.blocks, data.mask),
+            ops.factor_downdate_,
+            lambda b, _, root, *rest: {"root": _our_block(data, root, b)},
+        )
+
+    def rival(run: Callable[..., None]) -> Contender:
+        mask = piece.rows(data.mask, True)
+        return Contender(
+            lambda: (piece.of(data.root).clone(), mask),
+            run,
+            lambda b, _, root, *rest: {"root": root[b // piece.every, : data.length(b), : data.length(b)]},
+            piece,
+        )
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(rivals.factor_downdate_loop_),
+        "strong": lambda: rival(rivals.factor_downdate_),
+    }
+
+
+def _kron_matvec(data: Inputs) -> Makers:
+    def ours() -> Contender:
+        out = torch.empty_like(data.tiles[3])
+        return Contender(
+            lambda: data.tiles,
+            lambda *args: ops.kron_matvec(*args, out=out),
+            lambda b, *rest: {"product": out[0, b % out.shape[1]]},
+        )
+
+    def rival(run: Callable[..., Tensor]) -> Contender:
+        *factors, x = data.tiles
+        return Contender(lambda: (*factors, x[0]), run, lambda b, got, *rest: {"product": got[b % len(got)]})
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(_one_by_one(rivals.kron_matvec)),
+        "strong": lambda: rival(rivals.kron_matvec),
+    }
+
+
 def _obs_saliency(data: Inputs) -> Makers:
     def ours() -> Contender:
         out = torch.empty_like(data.weight)
@@ -564,12 +706,17 @@ _MAKERS: dict[str, Callable[[Inputs], Makers]] = {
     "inverse_diagonal_from_grads": _inverse_diagonal_from_grads,
     "sherman_morrison_": _sherman_morrison,
     "woodbury_": _woodbury,
+    "fishleg_block_step_": _fishleg_step,
     "fisher_accumulate_": _accumulate,
     "spd_inverse_": _spd_inverse,
     "dual_factor_": _dual_factor,
     "inverse_diagonal": _inverse_diagonal,
     "block_matvec": _block_matvec,
     "fisher_vector_product": _fisher_vector_product,
+    "factor_diagonal": _factor_diagonal,
+    "block_factor_matvec": _block_factor_matvec,
+    "factor_downdate_": _factor_downdate,
+    "kron_matvec": _kron_matvec,
     "obs_eliminate": _obs_eliminate,
     "obs_saliency": _obs_saliency,
     "prune_mask": _prune_mask,
@@ -583,6 +730,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     "inverse_from_grads": ("ours", "strong primal"),
     "inverse_diagonal_from_grads": ("ours", "strong primal"),
     "sherman_morrison_": ("ours", "loop", "strong primal"),
+    "fishleg_block_step_": ("ours", "loop", "strong", "strong in cache"),
+    **dict.fromkeys(
+        ("factor_diagonal", "block_factor_matvec", "factor_downdate_", "kron_matvec"),
+        ("ours", "loop", "strong"),
+    ),
 }
 
 
@@ -623,6 +775,20 @@ def _pruned(data: Inputs, b: int, new: Tensor) -> Answer:
     return {"weight": (weight - f_inv @ x) * mask, "zeros": zeros}
 
 
+def _fishleg_truth(data: Inputs, b: int) -> Answer:
+    """One step of FishLeg on block b, in float64."""
+    n, G = data.length(b), data.grads[:, data.range(b)].double()
+    R, v = data.root[b, :n, :n].double(), data.top[b, :n].double()
+    M = R.mT @ (G.mT @ G / data.num_grads + DAMPING * torch.eye(n, device=data.device)) @ R
+    for _ in range(3):
+        w = M @ (v / v.norm())
+        v = w
+    largest = w.norm()
+    step = (R @ M - R) * (0.5 / (1.1 * largest).clamp(min=1))
+    loss = (R @ M * R).sum() / 2 - R.square().sum()
+    return {"root": R - step, "loss": loss, "largest": largest}
+
+
 def _cumulative_loss(weight: Tensor, f_inv: Tensor) -> Tensor:
     """The loss after every removal, the cheapest weight of those left each time, float64 [n]."""
     weight, f_inv = weight.clone(), f_inv.clone()
@@ -652,6 +818,18 @@ def truth(problem: Problem, b: int, device: str = "cpu", got: Answer | None = No
         return {"fisher": (G.mT @ G / data.num_grads).tril()}
     if problem.op == "fisher_vector_product":
         return {"product": G.mT @ (G @ x) / data.num_grads}
+    if problem.op == "fishleg_block_step_":
+        return _fishleg_truth(data, b)
+    if problem.op == "kron_matvec":
+        left, right, scale, y = (
+            each.flatten(end_dim=-3)[b % problem.num_tiles].double() for each in data.tiles
+        )
+        return {"product": scale * (left @ (scale * y) @ right)}
+    if problem.op in ("factor_diagonal", "block_factor_matvec", "factor_downdate_"):
+        R = _our_block(data, data.root, b).double()
+        V = torch.linalg.qr(R[~mask].mT).Q
+        removed = torch.where(mask[:, None], R - (R @ V) @ V.mT, 0)
+        return {"diag": R.square().sum(dim=1), "product": R @ (R.mT @ x), "root": removed}
     if problem.op == "dual_factor_":
         C = G @ G.mT
         C.diagonal().add_(data.num_grads * DAMPING)

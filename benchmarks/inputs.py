@@ -58,6 +58,33 @@ class Inputs:
         return state
 
     @cached_property
+    def root(self) -> Tensor:
+        """R [K, B, B] as after some steps: R R^T near the inverse Fisher, not symmetric; zeros in the padding."""
+        size = (DAMPING + GRADIENT_SCALE**2) ** -0.5
+        root = rivals.scaled_identity(len(self.blocks), self.block_size, size, self.grads)
+        for chunk in root.split(CHUNK):
+            chunk.add_(torch.empty_like(chunk).normal_(generator=self.generator), alpha=size / 32)
+        return root.mul_(self.inside[:, :, None]).mul_(self.inside[:, None, :])
+
+    @cached_property
+    def tiles(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Symmetric T and S, scale D and x of kron_matvec, [N, B, B] each, x with one dimension before."""
+        N, B = self.problem.num_tiles, self.block_size
+        left, right = self._normal(N, B, B), self._normal(N, B, B)
+        return left + left.mT, right + right.mT, self._normal(N, B, B), self._normal(1, N, B, B)
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """Which places of [K, B] are weights."""
+        lengths = self.blocks[:, 1:] - self.blocks[:, :1]
+        return torch.arange(self.block_size, device=self.device) < lengths
+
+    @cached_property
+    def top(self) -> Tensor:
+        """Where power iterations start, [K, B]; zeros in the padding."""
+        return self._normal(len(self.blocks), self.block_size).mul_(self.inside)
+
+    @cached_property
     def inv_diag(self) -> Tensor:
         """The diagonal [d] of that state."""
         return self.flat(self.f_inv.diagonal(dim1=1, dim2=2), self.blocks)

@@ -91,6 +91,11 @@ class Problem:
         return sum(-(-size // self.block_size) for size in self.sizes)
 
     @property
+    def num_tiles(self) -> int:
+        """Tiles [B, B] of weights that kron_matvec is given."""
+        return max(1, self.num_weights // self.block_size**2)
+
+    @property
     def num_rows(self) -> int:
         """Gradients at hand, k."""
         return self.per_call or self.num_grads
@@ -141,8 +146,17 @@ class Problem:
         return self.prefix(next(fitting, 1))
 
 
-STATELESS = ("prune_mask", "fisher_vector_product", "inverse_diagonal_from_grads")
-ONE_STATE = ("build", "inverse_from_grads", "inverse_diagonal", "block_matvec", "obs_saliency", "obs_update_")
+STATELESS = ("prune_mask", "fisher_vector_product", "inverse_diagonal_from_grads", "kron_matvec")
+ONE_STATE = (
+    "build",
+    "inverse_from_grads",
+    "inverse_diagonal",
+    "block_matvec",
+    "factor_diagonal",
+    "block_factor_matvec",
+    "obs_saliency",
+    "obs_update_",
+)
 VECTORS = 8  # of d numbers each: weights, mask, x, diagonals and their likes
 
 
@@ -190,6 +204,15 @@ def _diagonal_primal(p: Problem) -> Floor:
 def _sherman_morrison(p: Problem) -> Floor:
     """Each step: n x n product 2 n^2, one triangle of the rank-1 update n^2."""
     return Floor(_grads_bytes(p) + 2 * _state_bytes(p), 3 * p.num_grads * p.sum_over_blocks(2))
+
+
+def _fishleg_step(p: Problem) -> Floor:
+    """Z = G R: 2 k n^2; M = Z^T Z / m + gamma R^T R, one triangle; its three products with a vector: 6 n^2; R M: 2 n^3;
+    loss and new R: 6 n^2.   Root and start vectors in and out, two estimates out.
+    """
+    k, n1, n2, n3 = p.num_grads, p.num_weights, p.sum_over_blocks(2), p.sum_over_blocks(3)
+    flops = 2 * k * n2 + k * (n2 + n1) + (n3 + n2) + 12 * n2 + 2 * n3
+    return Floor(_grads_bytes(p) + 2 * _state_bytes(p) + 8 * n1 + 16 * p.num_blocks, flops)
 
 
 def _woodbury(p: Problem) -> Floor:
@@ -252,6 +275,23 @@ def _block_matvec_dual(p: Problem) -> Floor:
     return Floor(_grads_bytes(p) + _factor_bytes(p) + 8 * p.num_weights, flops, "float64")
 
 
+def _factor_downdate(p: Problem) -> Floor:
+    """q = half of n removed: their basis 2 q^2 n, and twice its product with the n - q rows left, 2 q n each.
+
+    R and the mask in, R out.
+    """
+    q, n3 = PRUNED_FRACTION, p.sum_over_blocks(3)
+    flops = 2 * q**2 * n3 + 4 * q * (1 - q) * n3
+    return Floor(2 * _state_bytes(p) + p.num_weights, int(flops), "float64")
+
+
+def _kron_matvec(p: Problem) -> Floor:
+    """Two products and two scalings of every tile [B, B]; two factors, scale and x in, the result out."""
+    return Floor(
+        20 * p.num_tiles * p.block_size**2, p.num_tiles * (4 * p.block_size**3 + 2 * p.block_size**2)
+    )
+
+
 def _obs_update(p: Problem) -> Floor:
     """Weight in and out, inverse diagonal and mask (one byte) in, beside the state."""
     return Floor(_state_bytes(p) + 13 * p.num_weights, 2 * p.sum_over_blocks(2))
@@ -304,6 +344,7 @@ FLOORS: dict[tuple[str, str], Callable[[Problem], Floor]] = {
     ),
     ("sherman_morrison_", "primal"): _sherman_morrison,
     ("woodbury_", "primal"): _woodbury,
+    ("fishleg_block_step_", "primal"): _fishleg_step,
     ("fisher_accumulate_", "primal"): _accumulate,
     ("spd_inverse_", "primal"): _spd_inverse,
     ("dual_factor_", "dual"): _dual_factor,
@@ -316,6 +357,14 @@ FLOORS: dict[tuple[str, str], Callable[[Problem], Floor]] = {
     ("block_matvec", "dual"): _block_matvec_dual,
     ("obs_eliminate", "primal"): _obs_eliminate,
     ("obs_eliminate", "dual"): _obs_eliminate_dual,
+    ("factor_diagonal", "primal"): lambda p: Floor(
+        _state_bytes(p) + 4 * p.num_weights, 2 * p.sum_over_blocks(2)
+    ),
+    ("block_factor_matvec", "primal"): lambda p: Floor(
+        _state_bytes(p) + 8 * p.num_weights, 4 * p.sum_over_blocks(2)
+    ),
+    ("factor_downdate_", "primal"): _factor_downdate,
+    ("kron_matvec", "primal"): _kron_matvec,
     ("obs_saliency", "primal"): lambda p: Floor(12 * p.num_weights, 3 * p.num_weights),
     # Saliency, and a byte each for the dead weights and the mask.
     ("prune_mask", "primal"): lambda p: Floor(6 * p.num_weights, 0),
@@ -337,6 +386,7 @@ PROBLEMS = (
     Problem("inverse_diagonal_from_grads", RESNET20, 256, 100, expected_share=0.5),
     Problem("sherman_morrison_", RESNET20, 256, 50, expected_share=0.25, bars={"loop": 10}),
     Problem("woodbury_", RESNET20, 32, 100, expected_share=0.4),
+    Problem("fishleg_block_step_", 1 << 18, 32, 64, expected_share=0.8, bars={"loop": 6, "strong": 2}),
     Problem("fisher_accumulate_", RESNET20, 256, 50, expected_share=0.6),
     Problem("fisher_accumulate_", RESNET20, 256, 100, expected_share=0.6),
     Problem("spd_inverse_", RESNET20, 256, 50, expected_share=0.2),
@@ -349,6 +399,10 @@ PROBLEMS = (
     Problem("fisher_vector_product", FIFTH, 256, 1000, expected_share=0.2),
     Problem("obs_eliminate", RESNET20, 256, 50, expected_share=0.2, bars={"strong": 20.0}),
     Problem("obs_eliminate", FIFTH, 256, 1000, "dual", 0.2, contenders=("ours",)),
+    Problem("factor_diagonal", 1 << 18, 32, 64),
+    Problem("block_factor_matvec", 1 << 18, 32, 64),
+    Problem("factor_downdate_", 1 << 18, 32, 64, expected_share=0.4),
+    Problem("kron_matvec", 1 << 20, 32, 64, expected_share=0.8),
     Problem("obs_saliency", RESNET20, 256, 100),
     Problem("prune_mask", RESNET20, 256, 100),
     Problem("obs_update_", RESNET20, 256, 100),
@@ -408,6 +462,7 @@ GPU_PROBLEMS = (
     _resnet50("spd_inverse_", 256, 256, "primal", 0.45, contenders=(*_OP, "strong solve", "strong lu")),
     _resnet50("woodbury_", 32, 50, "primal", 0.3),
     _resnet50("woodbury_", 32, 128, "primal", 0.3),
+    _resnet50("fishleg_block_step_", 32, 50, contenders=("ours", "strong", "triton")),
     _resnet50("fisher_accumulate_", 256, 50, "primal", 0.6),
     _resnet50("fisher_accumulate_", 256, 128, "primal", 0.8),
     _resnet50("dual_factor_", 100, 1000, "dual"),
@@ -418,6 +473,10 @@ GPU_PROBLEMS = (
     _resnet50("fisher_vector_product", 100, 1000, "primal", 0.2),
     _resnet50("obs_eliminate", 64, 50, contenders=("ours", "strong", "triton")),
     _resnet50("obs_eliminate", 100, 1000, "dual", contenders=("ours",)).prefix(10),
+    _resnet50("factor_diagonal", 32, 50, contenders=("ours", "strong", "triton")),
+    _resnet50("block_factor_matvec", 32, 50, contenders=("ours", "strong", "triton")),
+    _resnet50("factor_downdate_", 32, 50, contenders=("ours", "strong", "triton")),
+    _resnet50("kron_matvec", 32, 64, contenders=("ours", "strong", "triton")),
     _resnet50("obs_saliency", 64, 50),
     _resnet50("prune_mask", 64, 50, contenders=("ours", "strong", "strong sort", "native", "triton")),
     _resnet50("obs_update_", 64, 50),

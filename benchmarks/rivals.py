@@ -195,6 +195,78 @@ def fisher_accumulate_(fisher: Tensor, grads: Tensor, num_grads: int) -> None:
     fisher.baddbmm_(grads.mT, grads, alpha=1 / num_grads)
 
 
+def fishleg_step_(
+    root: Tensor, top: Tensor, grads: Tensor, num_grads: int, damping: float
+) -> tuple[Tensor, Tensor]:
+    """R -= eta (R M - R), M = Z^T Z / m + damping R^T R, Z = G R, eta = 1/2 / max(1, 1.1 largest eigenvalue of M).
+
+    The eigenvalue is found by three power iterations from `top`.   root [K, B, B], top [K, B], grads [K, k, B].
+    Returns loss and eigenvalue, [K].
+    """
+    z = torch.bmm(grads, root)
+    m = torch.bmm(root.mT, root)
+    torch.baddbmm(m, z.mT, z, beta=damping, alpha=1 / num_grads, out=m)
+    v = torch.nn.functional.normalize(top.unsqueeze(-1), dim=1)
+    w = torch.empty_like(v)
+    for _ in range(3):
+        torch.bmm(m, v, out=w)
+        largest = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        torch.div(w, largest, out=v)
+    rm = torch.bmm(root, m)
+    flat, product = root.flatten(1), rm.flatten(1)
+    loss = torch.linalg.vecdot(product, flat) / 2 - torch.linalg.vecdot(flat, flat)
+    eta = 0.5 / (1.1 * largest).clamp(min=1)  # [K, 1, 1]
+    root.mul_(1 + eta).addcmul_(rm, eta, value=-1)
+    top.copy_(v.squeeze(-1))
+    return loss, largest.flatten()
+
+
+def fishleg_steps_(
+    root: Tensor, top: Tensor, grads: Tensor, num_grads: int, damping: float, at_once: int
+) -> tuple[Tensor, Tensor]:
+    """The same for `at_once` blocks at a time: 1 is the loop over blocks, some tens keep the matrices in cache."""
+    parts = zip(root.split(at_once), top.split(at_once), grads.split(at_once), strict=True)
+    found = [fishleg_step_(R, v, G, num_grads, damping) for R, v, G in parts]
+    loss, largest = zip(*found, strict=True)
+    return torch.cat(loss), torch.cat(largest)
+
+
+def factor_diagonal(root: Tensor) -> Tensor:
+    """Row sums of R o R: [K, B, B] -> [K, B]."""
+    return torch.linalg.vecdot(root, root, dim=2)
+
+
+def block_factor_matvec(root: Tensor, x: Tensor) -> Tensor:
+    """R (R^T x).   root [K, B, B], x [K, B]."""
+    return torch.bmm(root, torch.bmm(root.mT, x.unsqueeze(2))).squeeze(2)
+
+
+def factor_downdate_(root: Tensor, mask: Tensor) -> None:
+    """R -= Q_P Q_PP^-1 R_P, Q = R R^T, and R_P = 0 for the removed rows P.   root [K, B, B], mask [K, B].
+
+    As in `obs_solve_primal_`, the rows that stay become those of the identity, so that one batched factor does.
+    """
+    pruned = ~mask
+    Q = torch.bmm(root, root.mT)
+    system = torch.where(pruned.unsqueeze(-1) & pruned.unsqueeze(-2), Q, 0)
+    system.diagonal(dim1=1, dim2=2).add_(mask)
+    x = torch.cholesky_solve(root * pruned.unsqueeze(-1), torch.linalg.cholesky_ex(system).L)
+    root.baddbmm_(Q, x, alpha=-1).mul_(mask.unsqueeze(-1))
+
+
+def factor_downdate_loop_(root: Tensor, mask: Tensor) -> None:
+    """The same block after block, by an orthonormal basis of the removed rows."""
+    for R, keep in zip(root, mask, strict=True):
+        V = torch.linalg.qr(R[~keep].mT).Q
+        R -= (R @ V) @ V.mT
+        R[~keep] = 0
+
+
+def kron_matvec(left: Tensor, right: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    """D o (T (D o x) S), [N, o, i]."""
+    return torch.bmm(torch.bmm(left, scale * x), right).mul_(scale)
+
+
 def woodbury_(f_inv: Tensor, grads: Tensor, num_grads: int) -> None:
     """f_inv -= V C^-1 V^T with V = f_inv G^T, C = m I + G V.   f_inv [K, B, B], grads [K, k, B]."""
     v = torch.bmm(f_inv, grads.mT)  # [K, B, k]

@@ -133,6 +133,15 @@ PYBIND11_MODULE(_native, module) {
             kernels.woodbury(at<std::remove_pointer_t<decltype(t)>>(f_inv), g, blocks, num_grads, threads);
         });
     });
+    module.def("fishleg_block_step",
+               [](const std::string& isa, int threads, bool is_double, Address root, Address top, Gradients g,
+                  Blocks blocks, double num_grads, double damping, double rate, Address loss, Address largest) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.fishleg_block_step(at<T>(root), at<T>(top), g, blocks, num_grads, damping, rate,
+                                                  at<double>(loss), at<double>(largest), threads);
+                   });
+               });
     module.def("fisher_accumulate", [](const std::string& isa, int threads, bool is_double, Address fisher, Gradients g,
                                        Blocks blocks, double num_grads) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {
@@ -197,6 +206,36 @@ PYBIND11_MODULE(_native, module) {
             kernels.fisher_vector_product(at<T>(out), at<const T>(x), columns, g, blocks, num_grads, threads);
         });
     });
+    module.def("factor_diagonal",
+               [](const std::string& isa, int threads, bool is_double, Address out, Address root, Blocks blocks) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.factor_diagonal(at<T>(out), at<const T>(root), blocks, threads);
+                   });
+               });
+    module.def("block_factor_matvec", [](const std::string& isa, int threads, bool is_double, Address out, Address x,
+                                         int64_t columns, Address root, Blocks blocks) {
+        with_type(is_double, isa, [&](auto& kernels, auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            kernels.block_factor_matvec(at<T>(out), at<const T>(x), columns, at<const T>(root), blocks, threads);
+        });
+    });
+    module.def("factor_downdate",
+               [](const std::string& isa, int threads, bool is_double, Address root, Blocks blocks, Address mask) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.factor_downdate(at<T>(root), blocks, at<const uint8_t>(mask), threads);
+                   });
+               });
+    module.def("kron_matvec",
+               [](const std::string& isa, int threads, bool is_double, Address out, Address left, Address right,
+                  Address scale, Address x, int64_t columns, int64_t tiles, int64_t o, int64_t i) {
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.kron_matvec(at<T>(out), at<const T>(left), at<const T>(right), at<const T>(scale),
+                                           at<const T>(x), columns, tiles, o, i, threads);
+                   });
+               });
     module.def("obs_saliency", [](const std::string& isa, int threads, bool is_double, Address out, Address weight,
                                   Address inv_diag, int64_t count) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {

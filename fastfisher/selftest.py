@@ -89,6 +89,18 @@ def problems() -> Iterator[tuple[str, list[object]]]:
     yield "inverse_diagonal", [few, factor, blocks, DAMPING, torch.zeros(d)]
     yield "block_matvec", [few, factor, blocks, DAMPING, x, torch.zeros_like(x)]
     yield "fisher_vector_product", [few, blocks, k, x, torch.zeros_like(x)]
+    root, top = torch.zeros(K, B, B), normal(K, B)
+    for b, (start, stop) in enumerate(blocks.tolist()):
+        root[b, : stop - start, : stop - start] = torch.linalg.cholesky(inverse[b])[
+            : stop - start, : stop - start
+        ]
+    yield "fishleg_block_step_", [root.clone(), top, few, blocks, k, DAMPING, 0.5, *estimates()]
+    yield "factor_diagonal", [root, blocks, torch.zeros(d)]
+    yield "block_factor_matvec", [root, blocks, x, torch.zeros_like(x)]
+    yield "factor_downdate_", [root.clone(), blocks, keep]
+    left, right, scale = normal(2, 20, 20), normal(2, 12, 12), normal(2, 20, 12)
+    tiles = normal(3, 2, 20, 12)
+    yield "kron_matvec", [left + left.mT, right + right.mT, scale, tiles, torch.zeros_like(tiles)]
     if torch.cuda.is_available():  # a block that only the CUDA kernels hold on chip
         wide, B = normal(10, 150), 150
         args = [wide, torch.tensor([[0, B]]), 10, DAMPING]

@@ -14,18 +14,19 @@
 namespace ff {
 namespace FF_NAMESPACE {
 
-// C[MR, vectors * W] += SIGN * A^T B over K rows.
-template <class T, int VECTORS, int SIGN>
+// C[MR, vectors * W] += SIGN * A^T B over K rows, or with SIGN = 0 C <- A^T B; with ROWS, A is [MR, K] and counts as it
+// stands: A B.
+template <class T, int VECTORS, int SIGN, bool ROWS = false>
 FF_INLINE void tile(int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc) {
     Vec<T> acc[MR][VECTORS] = {};
-    for (int64_t k = 0; k < K; ++k, A += lda, B += ldb) {
+    for (int64_t k = 0; k < K; ++k, A += ROWS ? 1 : lda, B += ldb) {
         Vec<T> b[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) b[v] = vec(B + v * W<T>);
 #pragma GCC unroll 8
         for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) acc[r][v] += A[r] * b[v];
+            for (int v = 0; v < VECTORS; ++v) acc[r][v] += A[ROWS ? r * lda : r] * b[v];
         }
     }
 #pragma GCC unroll 8
@@ -33,7 +34,9 @@ FF_INLINE void tile(int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb,
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
             Vec<T>& c = vec(C + r * ldc + v * W<T>);
-            if (SIGN > 0) {
+            if (SIGN == 0) {
+                c = acc[r][v];
+            } else if (SIGN > 0) {
                 c += acc[r][v];
             } else {
                 c -= acc[r][v];
@@ -42,15 +45,15 @@ FF_INLINE void tile(int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb,
     }
 }
 
-// One row of tiles: C[MR, columns] += SIGN * A^T B; columns is rounded up to a vector.
-template <class T, int SIGN>
+// One row of tiles: C[MR, columns] += SIGN * A^T B, or as above; columns is rounded up to a vector.
+template <class T, int SIGN, bool ROWS = false>
 inline void tile_row(int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, T* C, int64_t ldc, int64_t columns) {
     static_assert(NV >= 2 && NV <= 4, "tile_row spells out the tail widths");
     int64_t left = ceil_div(columns, W<T>);
-    for (; left >= NV; left -= NV, B += NV * W<T>, C += NV * W<T>) tile<T, NV, SIGN>(K, A, lda, B, ldb, C, ldc);
-    if (left == 1) tile<T, 1, SIGN>(K, A, lda, B, ldb, C, ldc);
-    if (NV > 2 && left == 2) tile<T, 2, SIGN>(K, A, lda, B, ldb, C, ldc);
-    if (NV > 3 && left == 3) tile<T, 3, SIGN>(K, A, lda, B, ldb, C, ldc);
+    for (; left >= NV; left -= NV, B += NV * W<T>, C += NV * W<T>) tile<T, NV, SIGN, ROWS>(K, A, lda, B, ldb, C, ldc);
+    if (left == 1) tile<T, 1, SIGN, ROWS>(K, A, lda, B, ldb, C, ldc);
+    if (NV > 2 && left == 2) tile<T, 2, SIGN, ROWS>(K, A, lda, B, ldb, C, ldc);
+    if (NV > 3 && left == 3) tile<T, 3, SIGN, ROWS>(K, A, lda, B, ldb, C, ldc);
 }
 
 // C[M, N] += SIGN * A^T B on scratch matrices.
@@ -60,7 +63,8 @@ inline void product(int64_t K, const T* A, int64_t lda, int64_t M, const T* B, i
     for (int64_t i = 0; i < M; i += MR) tile_row<T, SIGN>(K, A + i, lda, B, ldb, C + i * ldc, ldc, N);
 }
 
-// Lower triangle of C[n, n] += SIGN * P^T P on scratch matrices; some entries above the diagonal are written too.
+// Lower triangle of C[n, n] += SIGN * P^T P, or <- with SIGN = 0, on scratch matrices; some entries above the diagonal
+// are written too.
 template <class T, int SIGN>
 inline void gram_lower(int64_t K, const T* P, int64_t ldp, int64_t n, T* C, int64_t ldc) {
     for (int64_t i = 0; i < n; i += MR)

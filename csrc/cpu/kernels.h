@@ -23,6 +23,11 @@ struct Kernels {
     void (*sherman_morrison)(T* f_inv, Gradients, Blocks, double num_grads, int threads);
     // The same for k gradients at once through the capacitance m I + G f_inv G^T; NaN where it is not definite.
     void (*woodbury)(T* f_inv, Gradients, Blocks, double num_grads, int threads);
+    // One auxiliary step of FishLeg, R <- R - eta (R M - R) with M = (G R)^T (G R) / m + damping R^T R, for root
+    // [K, B, B]; eta = rate / 2 / max(1, 1.1 largest). largest [K]: eigenvalue of M by power iterations from top [K,
+    // B], which is overwritten. loss [K]: 1/2 <M, R^T R> - tr R^T R before. Both +inf for a block left untouched.
+    void (*fishleg_block_step)(T* root, T* top, Gradients, Blocks, double num_grads, double damping, double rate,
+                               double* loss, double* largest, int threads);
     // fisher [K, B, B] += G^T G / m, lower triangle only.
     void (*fisher_accumulate)(T* fisher, Gradients, Blocks, double num_grads, int threads);
     // matrix [K, B, B] <- F^-1, F = matrix + damping I from the lower triangle. condition [K]: ||A||_F ||A^-1||_F,
@@ -42,6 +47,15 @@ struct Kernels {
     void (*block_matvec_dual)(T* out, const T* x, int64_t n, Dual, Blocks, int threads);
     // out [d, n] (rows inside blocks) <- G^T (G x) / m, in float64.
     void (*fisher_vector_product)(T* out, const T* x, int64_t n, Gradients, Blocks, double num_grads, int threads);
+    // The inverse as R R^T, root [K, B, B]. out [d] (entries inside blocks) <- its diagonal.
+    void (*factor_diagonal)(T* out, const T* root, Blocks, int threads);
+    // out [d, n] (rows inside blocks) <- R (R^T x).
+    void (*block_factor_matvec)(T* out, const T* x, int64_t n, const T* root, Blocks, int threads);
+    // R <- R (I - V V^T), V a basis of the rows whose weights have mask 0; those rows become 0. In float64.
+    void (*factor_downdate)(T* root, Blocks, const uint8_t* mask, int threads);
+    // out [columns, N, o, i] <- D o (T (D o x) S), left [N, o, o] and right [N, i, i] symmetric, scale [N, o, i].
+    void (*kron_matvec)(T* out, const T* left, const T* right, const T* scale, const T* x, int64_t columns,
+                        int64_t tiles, int64_t o, int64_t i, int threads);
     // out [d] <- w^2 / (2 inv_diag).
     void (*obs_saliency)(T* out, const T* weight, const T* inv_diag, int64_t d, int threads);
     // mask [d] <- 0 for the dead and the least salient others, num_zeros in all, ties by index. invalid <- -1, or the

@@ -3,9 +3,12 @@
 #pragma once
 #include "block_matvec.h"
 #include "dual_factor.h"
+#include "factor.h"
 #include "fisher_accumulate.h"
+#include "fishleg_block_step.h"
 #include "inverse_diagonal.h"
 #include "inverse_from_grads.h"
+#include "kron_matvec.h"
 #include "obs.h"
 #include "obs_eliminate.h"
 #include "prune_mask.h"
@@ -17,24 +20,14 @@ namespace FF_NAMESPACE {
 
 template <class T>
 constexpr Kernels<T> kernels() {
-    return {sherman_morrison<T>,
-            woodbury<T>,
-            fisher_accumulate<T>,
-            spd_inverse<T>,
-            inverse_from_grads<T>,
-            inverse_diagonal<T>,
-            inverse_diagonal_dual<T>,
-            block_matvec<T>,
-            block_matvec_dual<T>,
-            fisher_vector_product<T>,
-            obs_saliency<T>,
-            prune_mask<T>,
-            obs_update<T>,
-            obs_update_dual<T>,
-            obs_eliminate<T>,
-            obs_eliminate_dual<T>,
-            obs_solve<T>,
-            obs_solve_dual<T>};
+    return {
+        sherman_morrison<T>,    woodbury<T>,           fishleg_block_step<T>,    fisher_accumulate<T>,
+        spd_inverse<T>,         inverse_from_grads<T>, inverse_diagonal<T>,      inverse_diagonal_dual<T>,
+        block_matvec<T>,        block_matvec_dual<T>,  fisher_vector_product<T>, factor_diagonal<T>,
+        block_factor_matvec<T>, factor_downdate<T>,    kron_matvec<T>,           obs_saliency<T>,
+        prune_mask<T>,          obs_update<T>,         obs_update_dual<T>,       obs_eliminate<T>,
+        obs_eliminate_dual<T>,  obs_solve<T>,          obs_solve_dual<T>,
+    };
 }
 
 extern const KernelTable table;

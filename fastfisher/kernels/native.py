@@ -140,6 +140,32 @@ def _woodbury(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> N
     )
 
 
+@implement("fishleg_block_step_", "native", why_not)
+def _fishleg_block_step(
+    root: Tensor,
+    top: Tensor,
+    grads: Tensor,
+    blocks: Tensor,
+    num_grads: int,
+    damping: float,
+    rate: float,
+    loss: Tensor,
+    largest: Tensor,
+) -> None:
+    _kernel("fishleg_block_step")(
+        _is_double(root),
+        root.data_ptr(),
+        top.data_ptr(),
+        _grads(grads),
+        _blocks(blocks, root.shape[-1]),
+        num_grads,
+        damping,
+        rate,
+        loss.data_ptr(),
+        largest.data_ptr(),
+    )
+
+
 @implement("fisher_accumulate_", "native", why_not)
 def _fisher_accumulate(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
     _kernel("fisher_accumulate")(
@@ -272,6 +298,53 @@ def _block_matvec(
     )
     if result is not out:
         out.copy_(result)
+
+
+@implement("factor_diagonal", "native", why_not)
+def _factor_diagonal(root: Tensor, blocks: Tensor, out: Tensor) -> None:
+    dtype = _widest(root, out)
+    root, result = root.to(dtype), out.to(dtype)
+    _kernel("factor_diagonal")(
+        _is_double(result), result.data_ptr(), root.data_ptr(), _blocks(blocks, root.shape[-1])
+    )
+    if result is not out:
+        out.copy_(result)
+
+
+@implement("block_factor_matvec", "native", why_not)
+def _block_factor_matvec(root: Tensor, blocks: Tensor, x: Tensor, out: Tensor) -> None:
+    dtype = _widest(root, out)
+    root, x, result = root.to(dtype), x.to(dtype), out.to(dtype)
+    _kernel("block_factor_matvec")(
+        _is_double(result),
+        result.data_ptr(),
+        x.data_ptr(),
+        x.shape[1],
+        root.data_ptr(),
+        _blocks(blocks, root.shape[-1]),
+    )
+    if result is not out:
+        out.copy_(result)
+
+
+@implement("factor_downdate_", "native", why_not)
+def _factor_downdate(root: Tensor, blocks: Tensor, mask: Tensor) -> None:
+    _kernel("factor_downdate")(
+        _is_double(root), root.data_ptr(), _blocks(blocks, root.shape[-1]), mask.data_ptr()
+    )
+
+
+@implement("kron_matvec", "native", why_not)
+def _kron_matvec(left: Tensor, right: Tensor, scale: Tensor, x: Tensor, out: Tensor) -> None:
+    _kernel("kron_matvec")(
+        _is_double(x),
+        out.data_ptr(),
+        left.data_ptr(),
+        right.data_ptr(),
+        scale.data_ptr(),
+        x.data_ptr(),
+        *x.shape,
+    )
 
 
 @implement("obs_saliency", "native", why_not)

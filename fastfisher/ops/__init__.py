@@ -8,12 +8,17 @@ import importlib
 from importlib.util import find_spec
 
 from fastfisher.ops._registry import BACKENDS, OPS, explain, implement, use_backend
+from fastfisher.ops.block_factor_matvec import block_factor_matvec
 from fastfisher.ops.block_matvec import block_matvec
 from fastfisher.ops.dual_factor import dual_factor_
+from fastfisher.ops.factor_diagonal import factor_diagonal
+from fastfisher.ops.factor_downdate import factor_downdate_
 from fastfisher.ops.fisher_accumulate import fisher_accumulate_
 from fastfisher.ops.fisher_vector_product import fisher_vector_product
+from fastfisher.ops.fishleg_block_step import fishleg_block_step_
 from fastfisher.ops.inverse_diagonal import inverse_diagonal
 from fastfisher.ops.inverse_from_grads import inverse_diagonal_from_grads, inverse_from_grads
+from fastfisher.ops.kron_matvec import kron_matvec
 from fastfisher.ops.obs_eliminate import obs_eliminate
 from fastfisher.ops.obs_saliency import obs_saliency
 from fastfisher.ops.obs_solve import obs_solve_
@@ -35,6 +40,11 @@ __all__ = [
     "inverse_from_grads",
     "inverse_diagonal_from_grads",
     "fisher_vector_product",
+    "fishleg_block_step_",
+    "factor_diagonal",
+    "block_factor_matvec",
+    "factor_downdate_",
+    "kron_matvec",
     "dual_factor_",
     "inverse_diagonal",
     "block_matvec",

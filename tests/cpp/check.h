@@ -219,6 +219,9 @@ class Checker {
         update();
         solve();
         eliminate();
+        fishleg();
+        removal();
+        kron();
         dual();
     }
 
@@ -622,6 +625,142 @@ class Checker {
                            nullptr, 0, 3, threads_);
         for (const uint8_t f : failed)
             if (!f) fail("obs_eliminate did not report a broken block", p_);
+    }
+
+    // R with R R^T = F^-1, lower triangular, and its blocks in double as stored.
+    std::vector<T> root_state(std::vector<Matrix>& blocks) const {
+        std::vector<T> root(state_.size(), NOT_A_NUMBER);
+        for (int64_t b = 0; b < p_.num_blocks(); ++b) {
+            const int64_t n = length(b);
+            Matrix L(n * n, 0.0);
+            for (int64_t j = 0; j < n; ++j)
+                for (int64_t i = j; i < n; ++i) {
+                    double sum = inverse_[b][i * n + j];
+                    for (int64_t c = 0; c < j; ++c) sum -= L[i * n + c] * L[j * n + c];
+                    L[i * n + j] = i == j ? std::sqrt(sum) : sum / L[j * n + j];
+                }
+            for (int64_t i = 0; i < n * n; ++i) {
+                T& stored = root[b * area() + i / n * p_.block_size + i % n];
+                stored = static_cast<T>(L[i]);
+                L[i] = static_cast<double>(stored);
+            }
+            blocks.push_back(L);
+        }
+        return root;
+    }
+
+    // A step from R / 2: M = I / 4 there, and every product of it with a vector keeps the direction.
+    void fishleg() const {
+        const int64_t K = p_.num_blocks(), B = p_.block_size;
+        std::vector<Matrix> exact;
+        std::vector<T> half = root_state(exact);
+        const std::vector<T> root = half;
+        for (T& x : half) x /= 2;
+        std::vector<double> loss(K), largest(K);
+        std::vector<T> top;
+        const auto got = twice(half, "fishleg_block_step", [&](T* out, int threads) {
+            top.assign(K * B, T(1));
+            run_.fishleg_block_step(out, top.data(), grads_.view(p_), p_.blocks(), m(), DAMPING, 1.0, loss.data(),
+                                    largest.data(), threads);
+        });
+        for (int64_t b = 0; b < K; ++b) {
+            Matrix want = exact[b];
+            double trace = 0;
+            for (int64_t i = 0; i < length(b); ++i) trace += inverse_[b][i * (length(b) + 1)] / 4;
+            for (double& x : want) x *= 0.5 * (1 + 0.5 * 0.75);
+            expect_block(got, b, want, "fishleg_block_step");
+            const double quarter = 0.25, before = trace / 8 - trace;
+            expect_near(&largest[b], &quarter, 1, TOLERANCE, "eigenvalue of fishleg_block_step", p_);
+            expect_near(&loss[b], &before, 1, TOLERANCE, "loss of fishleg_block_step", p_);
+            for (int64_t i = length(b); i < B; ++i)
+                if (top[b * B + i] != T(1)) fail("fishleg_block_step wrote into the padding", p_);
+        }
+        std::vector<T> broken = root;
+        for (int64_t b = 0; b < K; ++b) broken[b * area()] = NOT_A_NUMBER;
+        const std::vector<T> before = broken;
+        run_.fishleg_block_step(broken.data(), top.data(), grads_.view(p_), p_.blocks(), m(), DAMPING, 1.0, loss.data(),
+                                largest.data(), threads_);
+        if (!same_bits(broken, before)) fail("fishleg_block_step changed a broken block", p_);
+        for (const double x : largest)
+            if (!std::isinf(x)) fail("fishleg_block_step did not report a broken block", p_);
+
+        Matrix diagonal(p_.num_weights, 0.0);
+        for (int64_t b = 0; b < K; ++b)
+            for (int64_t i = 0; i < length(b); ++i) diagonal[p_.range[2 * b] + i] = inverse_[b][i * (length(b) + 1)];
+        expect_weights(
+            twice(weight_, "factor_diagonal",
+                  [&](T* out, int threads) { run_.factor_diagonal(out, root.data(), p_.blocks(), threads); }),
+            diagonal, 1, "factor_diagonal");
+        const std::vector<T> x = right_hand_side();
+        expect_weights(twice(std::vector<T>(x.size(), NOT_A_NUMBER), "block_factor_matvec",
+                             [&](T* out, int threads) {
+                                 run_.block_factor_matvec(out, x.data(), p_.columns, root.data(), p_.blocks(), threads);
+                             }),
+                       applied(x), p_.columns, "block_factor_matvec");
+    }
+
+    // R R^T of the weights that are left is the inverse of their part of F.
+    void removal() const {
+        std::vector<Matrix> exact;
+        const auto got = twice(root_state(exact), "factor_downdate", [&](T* root, int threads) {
+            run_.factor_downdate(root, p_.blocks(), mask_.data(), threads);
+        });
+        for (int64_t b = 0; b < p_.num_blocks(); ++b) {
+            const int64_t n = length(b);
+            std::vector<int64_t> kept;
+            for (int64_t i = 0; i < n; ++i)
+                if (mask_[p_.range[2 * b] + i]) kept.push_back(i);
+            const int64_t r = static_cast<int64_t>(kept.size());
+            Matrix part(r * r), want(n * n, 0.0), product(n * n, 0.0);
+            for (int64_t i = 0; i < r * r; ++i) part[i] = fisher_[b][kept[i / r] * n + kept[i % r]];
+            part = inverse(part, r);
+            for (int64_t i = 0; i < r * r; ++i) want[kept[i / r] * n + kept[i % r]] = part[i];
+            for (int64_t i = 0; i < n; ++i)
+                for (int64_t j = 0; j < n; ++j)
+                    for (int64_t c = 0; c < n; ++c)
+                        product[i * n + j] += static_cast<double>(got[b * area() + i * p_.block_size + c]) *
+                                              static_cast<double>(got[b * area() + j * p_.block_size + c]);
+            expect_near(product.data(), want.data(), n * n, TOLERANCE, "factor_downdate", p_);
+        }
+    }
+
+    // Tiles [o, i] of the size of a block and of the number of columns, cut out of the weights again and again.
+    void kron() const {
+        const int64_t o = p_.block_size, i = std::max<int64_t>(p_.columns, 1), N = 2, n = 2;
+        const auto numbers = [&](int64_t count, int64_t salt) {
+            std::vector<T> found;
+            for (int64_t q = 0; q < count; ++q) found.push_back(weight_[(q * 7 + salt) % p_.num_weights]);
+            return found;
+        };
+        std::vector<T> left = numbers(N * o * o, 1), right = numbers(N * i * i, 2);
+        for (int64_t t = 0; t < N; ++t) {
+            for (int64_t a = 0; a < o; ++a)
+                for (int64_t b = 0; b < a; ++b) left[(t * o + b) * o + a] = left[(t * o + a) * o + b];
+            for (int64_t a = 0; a < i; ++a)
+                for (int64_t b = 0; b < a; ++b) right[(t * i + b) * i + a] = right[(t * i + a) * i + b];
+        }
+        const auto scale = numbers(N * o * i, 3), x = numbers(n * N * o * i, 4);
+        Matrix want(x.size(), 0.0);
+        for (int64_t c = 0; c < n * N; ++c) {
+            const int64_t t = c % N;
+            Matrix inner(o * i, 0.0);
+            for (int64_t a = 0; a < o; ++a)
+                for (int64_t e = 0; e < o; ++e)
+                    for (int64_t b = 0; b < i; ++b)
+                        inner[a * i + b] += static_cast<double>(left[(t * o + a) * o + e]) *
+                                            static_cast<double>(scale[(t * o + e) * i + b]) *
+                                            static_cast<double>(x[(c * o + e) * i + b]);
+            for (int64_t a = 0; a < o; ++a)
+                for (int64_t b = 0; b < i; ++b)
+                    for (int64_t e = 0; e < i; ++e)
+                        want[(c * o + a) * i + b] += inner[a * i + e] *
+                                                     static_cast<double>(right[(t * i + e) * i + b]) *
+                                                     static_cast<double>(scale[(t * o + a) * i + b]);
+        }
+        const auto got = twice(std::vector<T>(x.size(), NOT_A_NUMBER), "kron_matvec", [&](T* out, int threads) {
+            run_.kron_matvec(out, left.data(), right.data(), scale.data(), x.data(), n, N, o, i, threads);
+        });
+        expect_near(got.data(), want.data(), static_cast<int64_t>(want.size()), TOLERANCE, "kron_matvec", p_);
     }
 
     void dual() const {

@@ -99,6 +99,19 @@ void wild(const ff::Kernels<T>& run, ff::DualFactor dual_factor, const check::Pr
         run.obs_eliminate(order, loss.data(), failed.data(), weight.data(), state.data(), p.blocks(), nullptr, 0,
                           together, t);
     });
+    each(state, [&](T* root, int t) {
+        std::vector<T> top(x.begin(), x.begin() + 1);
+        top.resize(K * B, T(1));
+        run.fishleg_block_step(root, top.data(), grads, p.blocks(), m, damping, 0.5, condition.data(),
+                               amplification.data(), t);
+    });
+    each(weight, [&](T* out, int t) { run.factor_diagonal(out, state.data(), p.blocks(), t); });
+    each(x, [&](T* out, int t) { run.block_factor_matvec(out, x.data(), p.columns, state.data(), p.blocks(), t); });
+    each(state, [&](T* root, int t) { run.factor_downdate(root, p.blocks(), mask.data(), t); });
+    const std::vector<T> tiles(state.begin(), state.begin() + B * B), line(B, T(1));
+    each(line, [&](T* out, int t) {
+        run.kron_matvec(out, tiles.data(), weight.data(), state.data(), line.data(), 1, 1, B, 1, t);
+    });
     const auto factor = same_for_any_threads(std::vector<double>(K * k * k), threads, p, [&](double* out, int t) {
         dual_factor(out, grads, p.blocks(), m, damping, condition.data(), t);
     });

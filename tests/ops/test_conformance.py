@@ -228,6 +228,84 @@ def eliminations(form: str, keep: int = 0, together: int = 1) -> Callable[[Case,
     return make
 
 
+def exact_root(case: Case, dtype: torch.dtype) -> Tensor:
+    """R with R Rᵀ = F⁻¹, NaN in the padding: half-way between a Cholesky factor and a symmetric root."""
+    state = exact_state(case, torch.float64)
+    for b, (start, stop) in enumerate(case.blocks().tolist()):
+        n = stop - start
+        values, vectors = torch.linalg.eigh(state[b, :n, :n])
+        state[b, :n, :n] = vectors * values.clamp(min=0).sqrt()
+    return state.to(dtype)
+
+
+def steps(case: Case, dtype: torch.dtype) -> Args:
+    """Arguments of fishleg_block_step_: a root not far from that of F⁻¹, every seventh row of it zero.
+
+    The first block's power iteration has nothing to start from.
+    """
+    root = exact_root(case, dtype)
+    top = torch.full(root.shape[:2], torch.nan, dtype=dtype)
+    noise = vector(case, dtype, 2, salt=3)
+    for b, (start, stop) in enumerate(case.blocks().tolist()):
+        n = stop - start
+        R = root[b, :n, :n]
+        R *= 1 + 0.3 * noise[start:stop, :1]
+        R += 0.1 * R.diagonal().mean() * noise[start:stop, 1]
+        R[6::7] = 0
+        top[b, :n] = noise[start:stop, 0] if b else 0
+    found = estimates(case)
+    return [root, top, case.grads(), case.blocks(), case.num_grads, case.damping, 0.7, *found]
+
+
+def factor_diagonals(case: Case, dtype: torch.dtype) -> Args:
+    """Arguments of factor_diagonal."""
+    return [
+        exact_root(case, dtype),
+        case.blocks(),
+        torch.full((case.num_weights,), torch.nan, dtype=dtype),
+    ]
+
+
+def factor_products(columns: int) -> Callable[[Case, torch.dtype], Args]:
+    """Arguments of block_factor_matvec."""
+
+    def make(case: Case, dtype: torch.dtype) -> Args:
+        x = vector(case, dtype, columns)
+        return [exact_root(case, dtype), case.blocks(), x, torch.full_like(x, torch.nan)]
+
+    return make
+
+
+def downdates(case: Case, dtype: torch.dtype) -> Args:
+    """Arguments of factor_downdate_: two of five weights leave, one of which has left before, and two of one row."""
+    root = exact_root(case, dtype)
+    keep = mask(case)
+    for b, (start, stop) in enumerate(case.blocks().tolist()):
+        n = stop - start
+        removed = (~keep[start:stop]).nonzero().flatten()
+        if len(removed) > 3:
+            root[b, removed[0], :n] = 0
+            root[b, removed[2], :n] = 2 * root[b, removed[1], :n]
+    return [root, case.blocks(), keep]
+
+
+def kron_products(columns: int) -> Callable[[Case, torch.dtype], Args]:
+    """Arguments of kron_matvec: as many tiles as the case has blocks, of up to B rows and k columns."""
+
+    def make(case: Case, dtype: torch.dtype) -> Args:
+        generator = torch.Generator().manual_seed(case.seed)
+        N, o, i = len(case.blocks()), min(case.layout().block_size, 150), case.num_rows
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        left, right = normal(N, o, o), normal(N, i, i)
+        x = normal(columns, N, o, i)
+        return [left + left.mT, right + right.mT, normal(N, o, i), x, torch.full_like(x, torch.nan)]
+
+    return make
+
+
 @dataclass(frozen=True)
 class Row:
     """An op, how its arguments are made, and which of its outputs are compared as numbers."""
@@ -245,6 +323,12 @@ ROWS = [
     Row("sherman_morrison_", "", running, (0,)),
     Row("woodbury_", "", running, (0,)),
     Row("fisher_accumulate_", "", gram, (0,)),
+    Row("fishleg_block_step_", "", steps, (0, 1, 7, 8)),
+    Row("factor_diagonal", "", factor_diagonals, (2,)),
+    Row("block_factor_matvec", "", factor_products(3), (3,)),
+    Row("block_factor_matvec", " vector", factor_products(1), (3,)),
+    Row("factor_downdate_", "", downdates, (0,)),
+    Row("kron_matvec", "", kron_products(2), (4,)),
     Row("spd_inverse_", "", matrices, (0, 2, 3)),
     Row("inverse_from_grads", "", builds, (0, 5, 6)),
     Row("inverse_diagonal_from_grads", "", diagonal_builds, (0, 6, 7)),
