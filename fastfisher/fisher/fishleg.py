@@ -85,7 +85,7 @@ class BlockRoots:
         """
         loss, largest = torch.empty(2, len(self.blocks), dtype=torch.float64, device=self.root.device)
         ops.fishleg_block_step_(
-            self.root, self.top, grads, self.blocks, len(grads), loss, largest, damping=damping, rate=rate
+            self.root, self.top, grads, self.blocks, len(grads), damping, rate, loss, largest
         )
         if not bool(largest.isfinite().all()):
             b = int((~largest.isfinite()).nonzero()[0])
