@@ -1,4 +1,4 @@
-"""The command line: `fastfisher prune | plan | tune | eval | report | doctor | bench`.
+"""The command line: `fastfisher prune | plan | tune | eval | export | report | doctor | bench`.
 
 Models and data are named `package.module:function`; the function takes no arguments and returns the nn.Module, or an
 iterable of batches.  Flags and the keys of a --config file are the keyword arguments of the Python call; a flag wins
@@ -525,6 +525,37 @@ def evaluate_verb(
             (key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}") for key, value in result.items()
         )
         table("evaluation", "", "value", rows=rows)
+
+
+@app.command(epilog=EXIT_CODES)
+def export(
+    model: Model = None,
+    config: Config = None,
+    weights: Weights = None,
+    out: Annotated[Path | None, typer.Option(help="File to write, such as packed.safetensors.")] = None,
+) -> None:
+    """Write the weights of a pruned network packed: the values that are not zero, and a bitmask of where they are.
+
+    ff.load_packed reads it.
+    """
+    with exit_codes():
+        import fastfisher as ff
+
+        # out in a --config file is the folder of prune
+        given = gather(ff.export_packed, config, {"model": model, "weights": weights})
+        if out is None:
+            raise FastFisherError("out is missing: name the file to write, such as --out packed.safetensors")
+        if out.is_dir():
+            raise FastFisherError(
+                f"--out {out} is a folder; name a file, such as {out / 'packed.safetensors'}"
+            )
+        network = build_model(given)
+        try:
+            size = ff.export_packed(network, out)
+        except OSError as error:
+            raise FastFisherError(f"--out {out} cannot be written: {error.strerror}") from error
+        print(size)
+        print(f"saved {out}")
 
 
 @app.command(epilog=EXIT_CODES)
