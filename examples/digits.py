@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def network() -> nn.Sequential:
     )  # fmt: skip
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int = 20) -> None:
+def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(64):
@@ -47,17 +48,18 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int = 20) -> None:
             optimizer.step()
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, epochs: int = 20, sparsities: Sequence[float] = SPARSITIES) -> list[tuple[float, ...]]:
+    """Write everything to the folder; rows of sparsity and test accuracy, dense, by magnitude and by WoodFisher."""
     torch.manual_seed(0)
     x, y, x_test, y_test = digits()
     model = network()
-    train(model, x, y)
+    train(model, x, y, epochs)
 
     def accuracy(model: nn.Module) -> float:
         return float((model(x_test).argmax(1) == y_test).double().mean())
 
-    rows = []
-    for sparsity in SPARSITIES:
+    rows: list[tuple[float, ...]] = []
+    for sparsity in sparsities:
         pruned = copy.deepcopy(model)
         report = ff.prune(
             pruned,
@@ -84,6 +86,7 @@ def main(folder: Path) -> None:
         axes.plot([row[0] for row in rows], [row[column] for row in rows], marker="o", label=label)
     axes.legend()
     figure.savefig(folder / "accuracy.png", dpi=150)
+    return rows
 
 
 if __name__ == "__main__":

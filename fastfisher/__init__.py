@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastfisher.fisher.inverse import FisherAccumulator as FisherAccumulator
     from fastfisher.fisher.inverse import FisherInverse as FisherInverse
     from fastfisher.fisher.inverse import inverse_diagonal as inverse_diagonal
+    from fastfisher.integrations.semi_structured import to_semi_structured as to_semi_structured
     from fastfisher.integrations.torch_prune import from_torch_masks as from_torch_masks
     from fastfisher.integrations.torch_prune import to_torch_masks as to_torch_masks
     from fastfisher.io import export_packed as export_packed
@@ -72,6 +73,7 @@ _HOME = {
     "reestimate_batchnorm": "fastfisher.prune.batchnorm",
     "save": "fastfisher.io",
     "save_checkpoint": "fastfisher.io",
+    "to_semi_structured": "fastfisher.integrations.semi_structured",
     "to_torch_masks": "fastfisher.integrations.torch_prune",
     "tune": "fastfisher.prune.tune",
     "use_backend": "fastfisher.ops",

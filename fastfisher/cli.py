@@ -1,4 +1,4 @@
-"""The command line: `fastfisher prune | plan | tune | eval | report | doctor | bench`.
+"""The command line: `fastfisher prune | plan | tune | eval | export | report | doctor | bench`.
 
 Models and data are named `package.module:function`; the function takes no arguments and returns the nn.Module, or an
 iterable of batches.  Flags and the keys of a --config file are the keyword arguments of the Python call; a flag wins
@@ -262,25 +262,6 @@ def build_data(given: dict[str, Any]) -> Iterable[Any] | None:
     return None if spec is None else load(spec, "data")()
 
 
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per phase on standard error, as the `progress` argument of prune; silent where that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase)
-            bars.update(tasks[phase], completed=done, total=total)
-
-        yield update
-
-
 def table(title: str, *columns: str, rows: Iterable[Iterable[object]], left: int = 1) -> None:
     """Print a table to standard output; the first `left` columns are flush left, the others flush right."""
     from rich.console import Console
@@ -360,8 +341,7 @@ def prune(
         given = gather(ff.prune, flags.pop("config"), flags)
         folder = given.pop("out", None)
         network, batches = build_model(given), build_data(given)
-        with progress_bar() as progress:
-            report = ff.prune(network, batches, progress=progress, **given)
+        report = ff.prune(network, batches, **given)
         show(report)
         if folder is not None:
             report.save(folder)
@@ -425,8 +405,7 @@ def tune(
         network, batches = build_model(given), build_data(given)
         if batches is None:
             raise FastFisherError("data is missing: give it on the command line or in the --config file")
-        with progress_bar() as progress:
-            found = ff.tune(network, batches, folder=folder, progress=progress, **given)
+        found = ff.tune(network, batches, folder=folder, **given)
         print(found)
         if folder is not None:
             found.save(folder)
@@ -525,6 +504,37 @@ def evaluate_verb(
             (key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}") for key, value in result.items()
         )
         table("evaluation", "", "value", rows=rows)
+
+
+@app.command(epilog=EXIT_CODES)
+def export(
+    model: Model = None,
+    config: Config = None,
+    weights: Weights = None,
+    out: Annotated[Path | None, typer.Option(help="File to write, such as packed.safetensors.")] = None,
+) -> None:
+    """Write the weights of a pruned network packed: the values that are not zero, and a bitmask of where they are.
+
+    ff.load_packed reads it.
+    """
+    with exit_codes():
+        import fastfisher as ff
+
+        # out in a --config file is the folder of prune
+        given = gather(ff.export_packed, config, {"model": model, "weights": weights})
+        if out is None:
+            raise FastFisherError("out is missing: name the file to write, such as --out packed.safetensors")
+        if out.is_dir():
+            raise FastFisherError(
+                f"--out {out} is a folder; name a file, such as {out / 'packed.safetensors'}"
+            )
+        network = build_model(given)
+        try:
+            size = ff.export_packed(network, out)
+        except OSError as error:
+            raise FastFisherError(f"--out {out} cannot be written: {error.strerror}") from error
+        print(size)
+        print(f"saved {out}")
 
 
 @app.command(epilog=EXIT_CODES)

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor
 
 from fastfisher.errors import FastFisherError
 from fastfisher.memory import format_bytes
@@ -264,6 +265,8 @@ def _state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"the model holds masks of torch.nn.utils.prune (first: {name!r}); "
                 f"call ff.from_torch_masks(model) to make them plain zeros"
             )
+        if isinstance(value, SparseSemiStructuredTensor):
+            raise FastFisherError(f"{name!r} is semi-structured; save the model before ff.to_semi_structured")
         # tensors without elements share address 0
         place = value.data_ptr() if value.numel() else name
         same = first.setdefault((value.device, place, value.shape, value.stride(), value.dtype), name)

@@ -79,6 +79,22 @@ def test_prune_eval_and_report_work_on_the_same_folder(
     assert "woodfisher, global scope" in capsys.readouterr().out
 
 
+def test_export_packs_what_prune_saved(user: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text(
+        "model: mine:model\ndata: mine:data\nsparsity: 0.9\nnum_grads: 32\nout: run\n"
+    )
+    run("prune", "--config", "run.yaml")
+    capsys.readouterr()
+    run("export", "--config", "run.yaml", "--weights", "run/model.safetensors", "--out", "packed.safetensors")
+    size, saved = capsys.readouterr().out.splitlines()
+    assert "packed, 652 bytes dense" in size.replace(" B ", " bytes ")
+    assert saved == "saved packed.safetensors"
+    model = cli.load("mine:model", "model")()
+    ff.load("run/model.safetensors", model)
+    packed = ff.load_packed("packed.safetensors")
+    assert all(torch.equal(value, packed[name]) for name, value in model.state_dict().items())
+
+
 def test_plan_tells_bytes(user: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("plan", "mine:model", "mine:data", "--sparsity", "0.5", "--num-grads", "32")
     assert "144 weights" in capsys.readouterr().out
@@ -131,6 +147,13 @@ def test_weights_are_any_safetensors_file_but_a_changed_one(
         ((*PRUNE, "--method", "fischer"), "method must be one of"),
         ((*PRUNE, "--weights", "none.safetensors"), "--weights none.safetensors does not load"),
         (("report", "nowhere"), "no report at 'nowhere'"),
+        (("export", "mine:model"), "out is missing: name the file to write"),
+        (("export", "--out", "packed.safetensors"), "model is missing"),
+        (
+            ("export", "mine:model", "--out", "."),
+            "--out . is a folder; name a file, such as packed.safetensors",
+        ),
+        (("export", "mine:model", "--out", "mine.py/packed"), "--out mine.py/packed cannot be written: "),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -198,7 +221,9 @@ def test_unexpected_errors_keep_their_traceback(user: Path, monkeypatch: pytest.
         cli.app([*PRUNE])
 
 
-@pytest.mark.parametrize("verb", [(), ("prune",), ("plan",), ("eval",), ("report",), ("doctor",), ("bench",)])
+@pytest.mark.parametrize(
+    "verb", [(), ("prune",), ("plan",), ("eval",), ("export",), ("report",), ("doctor",), ("bench",)]
+)
 def test_help_is_quick_and_documents_the_exit_codes(verb: tuple[str, ...]) -> None:
     seconds = []
     for _ in range(3):

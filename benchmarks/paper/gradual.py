@@ -2,9 +2,10 @@
 
 From one trained network three methods go to the same sparsity within the same epochs, on the same cubic schedule, with
 the same optimizer (SGD with momentum 0.9, its rate falling to zero in a line): gradual WoodFisher and magnitude, which
-prune at the start of every epoch but the last two and hold their zeros, and DPF (Lin et al., 2020), which keeps a dense
+prune at the start of every epoch but the last and hold their zeros, and DPF (Lin et al., 2020), which keeps a dense
 copy, takes the gradient at the masked weights, applies it to the copy, and masks the smallest weights of the copy anew
-every 16 steps.
+every 16 steps.  Each method has the rate that suits it best: `--find-rates` tries the grid RATES on one seed, judged by
+training images that are held out.
 Networks: mlpnet (MNIST) and resnet20 (CIFAR-10, its 18 3x3 convolutions, random flips).  Values at whole epochs are
 those after training, at half epochs those right after pruning.  Seeds differ in network, images and their order.
 Source: WoodFisher (Singh & Alistarh, 2020), figure 4.6 and tables 4.2 and 4.3.
@@ -37,24 +38,39 @@ METHODS = ("WoodFisher", "magnitude", "DPF")
 AXES = Axes("epoch", x_label="epoch", scale=1)
 EVERY = 16  # steps between two masks of DPF, its published choice
 BATCH = 100
+RATES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+HELD_OUT = 2_000
 
 
 @dataclass(frozen=True)
 class Network:
-    """How a network is trained on; samples are training images, num_grads those behind one estimate."""
+    """How a network is trained on; samples are training images, num_grads those behind one estimate.
+
+    rates: of learning, by method, at the beginning.
+    """
 
     title: str
     samples: int
     epochs: int
-    learning_rate: float
+    rates: dict[str, float]
     block_size: int
     num_grads: int
     flips: bool = False
 
 
 NETWORKS = {
-    "mlpnet": Network("MLPNET on MNIST", 10_000, 8, 0.02, 64, 500),
-    "resnet20": Network("ResNet-20 on CIFAR-10", 5_000, 6, 0.01, 128, 250, flips=True),
+    "mlpnet": Network(
+        "MLPNET on MNIST", 10_000, 3, {"WoodFisher": 0.05, "magnitude": 0.1, "DPF": 0.005}, 64, 500
+    ),
+    "resnet20": Network(
+        "ResNet-20 on CIFAR-10",
+        5_000,
+        3,
+        {"WoodFisher": 0.05, "magnitude": 0.05, "DPF": 0.005},
+        128,
+        250,
+        flips=True,
+    ),
 }
 FULL = {"mlpnet": (60_000, 20), "resnet20": (40_000, 30)}
 
@@ -111,15 +127,31 @@ class Dpf:
                 self.parameters[name].copy_(value)
 
 
-def run(options: argparse.Namespace, curves: Curves, seed: int, method: str, sparsity: float) -> None:
-    """One method to one sparsity; notes the accuracy after every pruning and every epoch."""
+def run(
+    options: argparse.Namespace,
+    curves: Curves,
+    seed: int,
+    method: str,
+    sparsity: float,
+    *,
+    rate: float | None = None,
+    held_out: bool = False,
+) -> None:
+    """One method to one sparsity; notes the accuracy after every pruning and every epoch.
+
+    rate: of learning, by default the method's own.   held_out: judge by training images that are not trained on.
+    """
     network = NETWORKS[options.network]
-    dense, names, train, test = data.load(options.network, options.data, options.samples, seed)
+    more = HELD_OUT if held_out else 0
+    dense, names, train, test = data.load(options.network, options.data, options.samples + more, seed)
+    if held_out:
+        test = data.Split(*(part[options.samples :] for part in train))
+        train = data.Split(*(part[: options.samples] for part in train))
     label = f"{method}, {sparsity:.0%}"
     model = copy.deepcopy(dense)
-    optimizer = torch.optim.SGD(model.parameters(), network.learning_rate, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), rate or network.rates[method], momentum=0.9)
     slower = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, options.epochs)
-    last = options.epochs - 3
+    last = options.epochs - 2
     schedule = ff.CubicSchedule(min(0.5, sparsity), sparsity, begin=0, end=last, every=1)
     dpf = Dpf(model, names, schedule, -(-options.samples // BATCH)) if method == "DPF" else None
     pruner = None
@@ -163,6 +195,17 @@ def run(options: argparse.Namespace, curves: Curves, seed: int, method: str, spa
     print(f"seed {seed}, {label}: {curves.values[label, float(options.epochs)][-1]:.2f}", flush=True)
 
 
+def find_rates(options: argparse.Namespace) -> None:
+    """Print what every rate of the grid comes to at the highest sparsity, on one seed that the results do not use."""
+    sparsity, seed = max(options.sparsities), options.seeds
+    for method in METHODS:
+        for rate in RATES:
+            curves = Curves()
+            run(options, curves, seed, method, sparsity, rate=rate, held_out=True)
+            end = curves.mean(f"{method}, {sparsity:.0%}", float(options.epochs))
+            print(f"{method} at {rate:g}: {end:.2f} on held-out training images", flush=True)
+
+
 def bars(options: argparse.Namespace, curves: Curves) -> list[dict]:
     """Points of WoodFisher above each rival at the end, at the highest sparsity."""
     sparsity, end = max(options.sparsities), float(options.epochs)
@@ -182,10 +225,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--epochs", type=int, help="of training, pruning included")
     parser.add_argument("--full", action="store_true", help="all images, more epochs; writes <name>_full")
+    parser.add_argument("--find-rates", action="store_true", help="try the rates of learning, write nothing")
     options = experiment.read(parser, arguments)
     network = NETWORKS[options.network]
     samples, epochs = FULL[options.network] if options.full else (network.samples, network.epochs)
     experiment.fill(options, f"gradual {options.network}", samples=samples, epochs=epochs)
+    if options.find_rates:
+        return find_rates(options)
     curves = experiment.start(options, AXES)
     if not options.render:
         for seed in range(options.seeds):

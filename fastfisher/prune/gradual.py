@@ -171,7 +171,7 @@ class Pruner:
         at, sparsity = due
         report = None
         if sparsity > (self.reports[-1].sparsity if self.reports else 0):
-            report = self._prune(data, sparsity)
+            report = self._prune(data, sparsity, f"{self._unit} {when:g}: prune")
         self._last = at
         if report is not None:
             figures = {"sparsity": report.num_zeros / report.num_weights}
@@ -226,7 +226,7 @@ class Pruner:
         self._unit = unit
         return when
 
-    def _prune(self, data: Iterable[Any] | None, sparsity: float) -> Report:
+    def _prune(self, data: Iterable[Any] | None, sparsity: float, title: str) -> Report:
         held = self._held
         held.check()
         settings = replace(
@@ -235,7 +235,7 @@ class Pruner:
             on_the_way=True,
             seed=self._settings.seed + len(self.reports),  # a loader that shuffles gives other samples
         )
-        report = prune_once(self.model, data, settings, **self._options)
+        report = prune_once(self.model, data, settings, title=title, **self._options)
         self._agree()
         held.hold(self._targets().aliases)
         mended = sum(held.mended.values())

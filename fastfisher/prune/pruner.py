@@ -25,10 +25,16 @@ from fastfisher.fisher.gradients import GradientStream, LossFn, Objective, untou
 from fastfisher.memory import peak_bytes
 from fastfisher.prune.flops import count_flops
 from fastfisher.prune.plan import gradient_limit, layout_of, plan
+from fastfisher.prune.progress import Bar, Progress
 from fastfisher.prune.select import num_zeros
+<<<<<<< HEAD
 from fastfisher.prune.settings import DATA_FREE, FishLeg, Settings, layer_limits
 from fastfisher.prune.steps import Clock, Outcome, Progress, Read, Run
 from fastfisher.prune.surgeon import Surgeon, conv_groups
+=======
+from fastfisher.prune.settings import DATA_FREE, Settings, layer_limits
+from fastfisher.prune.steps import Clock, Outcome, Read, Run
+>>>>>>> main
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.prune.update import as_parameters, written
 from fastfisher.report import LayerRow, Report
@@ -180,7 +186,7 @@ def prune(
     max_layer_sparsity: float | Mapping[str, float] = 1.0,
     fishleg: FishLeg | Mapping[str, Any] = FishLeg(),
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     memory_limit: int | str | None = None,
 ) -> Report:
     """Set round(sparsity · d) of the d target weights to zero where the loss suffers least, and correct the others.
@@ -218,7 +224,8 @@ def prune(
         sparsity, and for the pruned model; always in eval mode.
     fishleg: options of method="fishleg", a mapping or `FishLeg`.
     seed: of torch's generators while this function runs; their state is restored.
-    progress: progress(phase, done, total), called after every piece of gradients.
+    progress: None for a line with phase and remaining time on a terminal, True for one anywhere, False for none; or a
+        function: progress(phase, done, total) is called after every piece of gradients.
     memory_limit: bytes or a text like "8 GB"; by default what is free.
 
     The model is changed in place, at the very end: on any error or interrupt it is bit for bit as it was.  Weights keep
@@ -248,11 +255,18 @@ def prune_once(
     ignore: str | Sequence[str] | None = None,
     loss_fn: LossFn | None = None,
     eval_fn: Callable[[nn.Module], Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     memory_limit: int | str | None = None,
+<<<<<<< HEAD
     surgeon: Surgeon | None = None,
+=======
+    title: str = "prune",
+>>>>>>> main
 ) -> Report:
-    """`prune` with settings that are checked already, among them such as its keywords cannot express."""
+    """`prune` with settings that are checked already, among them such as its keywords cannot express.
+
+    title: what stands before the progress.
+    """
     found = find_targets(model, targets, ignore)
     found.take(model, settings.rule)
     layout = layout_of(found, settings)
@@ -266,9 +280,10 @@ def prune_once(
             else "cost='flops' needs a sample"
         )
         raise FastFisherError(f"{what}; got None")
-    clock = Clock()
+    bar = Bar(progress, f"{title} to {100 * settings.sparsity:.3g} %")
+    clock = Clock(entered=bar.phase)
 
-    with untouched(model, settings.seed):
+    with bar, untouched(model, settings.seed):
         old = {name: parameter.detach() for name, parameter in found.parameters.items()}
         wide = torch.float64 if any(p.dtype == torch.float64 for p in old.values()) else torch.float32
         weight = layout.flatten({name: value.to(wide) for name, value in old.items()})  # [d]
@@ -303,9 +318,13 @@ def prune_once(
             sample = reader.peek() if reader.once else _some_samples(data, objective)
             counted = None if sample is None else count_flops(objective, model, sample)
             costs = _costs(found, layout, counted[1] if counted else {})
+<<<<<<< HEAD
         if settings.method == "fishleg" and surgeon is None:
             surgeon = Surgeon(layout, settings, conv_groups(model, layout.names))
         run = Run(layout, settings, found.parameters, clock, progress, costs=costs, most=most, surgeon=surgeon)
+=======
+        run = Run(layout, settings, found.parameters, clock, bar, costs=costs, most=most)
+>>>>>>> main
         if reader is None or not needs_data:
             outcome = run.without_gradients(weight, ~dead)
         else:

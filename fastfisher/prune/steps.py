@@ -21,13 +21,12 @@ from fastfisher.fisher.hessian import hessian_inverse, obd_inverse
 from fastfisher.fisher.inverse import FisherAccumulator, FisherInverse
 from fastfisher.fisher.kfac import KFACInverse, kfac_inverse
 from fastfisher.prune import saliency
+from fastfisher.prune.progress import Progress
 from fastfisher.prune.select import select
 from fastfisher.prune.settings import FROM_GRADIENTS, Settings
 from fastfisher.prune.surgeon import Surgeon
 from fastfisher.prune.update import as_parameters, updated
 from fastfisher.report import StepRow
-
-Progress = Callable[[str, int, int], None]
 
 # How many samples the methods without gradients of their own see at once.
 GROUP = 64
@@ -35,12 +34,15 @@ GROUP = 64
 
 @dataclass
 class Clock:
-    """Seconds per phase, added up."""
+    """Seconds per phase, added up.   entered: called with each phase when it begins."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    entered: Callable[[str], None] | None = None
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        if self.entered is not None:
+            self.entered(phase)
         start = time.perf_counter()
         try:
             yield

@@ -14,7 +14,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from torch import nn
 from fastfisher.errors import DoesNotFitError, FastFisherError, FisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.gradients import LossFn, Objective, untouched
+from fastfisher.prune.progress import Bar, Progress
 from fastfisher.prune.pruner import prune
 from fastfisher.prune.settings import Settings
 from fastfisher.prune.targets import Targets, find_targets
@@ -314,7 +315,7 @@ def tune(
     folder: str | Path | None = None,
     loss_fn: LossFn | None = None,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> Tuning:
     """Prune once with every combination of the settings; the best one has the lowest mean loss on samples held out.
@@ -326,7 +327,7 @@ def tune(
     held_out: the share of the samples that no gradient is taken from, or batches of their own.
     folder: where finished trials are noted (tune.json); a run that is repeated goes on after them.
     options: further keywords of `prune`, the same for every trial, such as method, update, scope, targets.
-    progress: progress("trials", done, total) after every trial.
+    progress: as in `prune`; a function is called as progress("trials", done, total) after every trial.
 
     The model is as it was afterwards.  A trial that breaks down or does not fit is listed with its reason.
     Raises FastFisherError on bad input, and where `folder` holds the trials of another run.
@@ -365,14 +366,16 @@ def tune(
     with untouched(model, seed):
         found = Tuning(float(goal), _mean_loss(objective, theirs), for_loss)
     batches = [group.batch() for group in ours]
-    for done, settings in enumerate(grid, 1):
-        trial = record.find(settings)
-        if trial is None:
-            trial = _try(model, batches, theirs, targets, objective, settings, goal, loss_fn, seed, options)
-            record.add(trial)
-        found.trials.append(trial)
-        if progress is not None:
-            progress("trials", done, len(grid))
+    with Bar(progress, "tune") as bar:
+        for done, settings in enumerate(grid, 1):
+            trial = record.find(settings)
+            if trial is None:
+                trial = _try(
+                    model, batches, theirs, targets, objective, settings, goal, loss_fn, seed, options
+                )
+                record.add(trial)
+            found.trials.append(trial)
+            bar("trials", done, len(grid))
     found.winner  # noqa: B018  (raises where every trial failed)
     return found
 
@@ -395,7 +398,16 @@ def _try(
     now = {name: parameter.detach() for name, parameter in targets.parameters.items()}
     with written(targets.parameters, now, keep=False):  # for what happens inside to be undone
         try:
-            prune(model, batches, sparsity=sparsity, loss_fn=loss_fn, seed=seed, **settings, **options)
+            prune(
+                model,
+                batches,
+                sparsity=sparsity,
+                loss_fn=loss_fn,
+                seed=seed,
+                progress=False,
+                **settings,
+                **options,
+            )
             with untouched(model, seed):
                 trial.loss = _mean_loss(objective, held_out)
         except (FisherError, DoesNotFitError) as error:

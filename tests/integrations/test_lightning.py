@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastfisher as ff
+from fastfisher import runlog
 from fastfisher.errors import FastFisherError
 from tests.prune.models import classifier, images
 
@@ -218,3 +219,24 @@ def test_a_pruner_made_before_a_loss_and_data_of_its_own(tmp_path: Path) -> None
         FastFisherError, match=r"no samples to prune by can be taken from a dict; give PruningCallback data="
     ):
         trainer(tmp_path, pruning(schedule=[(0, 0.6)]), max_epochs=1).fit(model, data)
+
+
+def test_the_example_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    from examples import lightning_digits
+
+    train = lightning_digits.Classifier.training_step
+
+    def killed(self: Any, *batch: Any) -> Tensor:
+        if self.current_epoch == 5:
+            raise Interrupted
+        return train(self, *batch)
+
+    monkeypatch.setattr(lightning_digits.Classifier, "training_step", killed)
+    with pytest.raises(Interrupted):
+        lightning_digits.main(tmp_path, epochs=8)
+    monkeypatch.setattr(lightning_digits.Classifier, "training_step", train)
+    callback, accuracy = lightning_digits.main(tmp_path, epochs=8)
+    assert callback.pruner.sparsity == pytest.approx(0.95, abs=1e-3)
+    assert accuracy > 0.8
+    assert [when for when, _ in runlog.read(tmp_path / "log.jsonl").steps] == [2, 3, 4, 5, 6]
