@@ -27,14 +27,9 @@ from fastfisher.prune.flops import count_flops
 from fastfisher.prune.plan import gradient_limit, layout_of, plan
 from fastfisher.prune.progress import Bar, Progress
 from fastfisher.prune.select import num_zeros
-<<<<<<< HEAD
 from fastfisher.prune.settings import DATA_FREE, FishLeg, Settings, layer_limits
-from fastfisher.prune.steps import Clock, Outcome, Progress, Read, Run
-from fastfisher.prune.surgeon import Surgeon, conv_groups
-=======
-from fastfisher.prune.settings import DATA_FREE, Settings, layer_limits
 from fastfisher.prune.steps import Clock, Outcome, Read, Run
->>>>>>> main
+from fastfisher.prune.surgeon import Surgeon, conv_groups
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.prune.update import as_parameters, written
 from fastfisher.report import LayerRow, Report
@@ -257,15 +252,12 @@ def prune_once(
     eval_fn: Callable[[nn.Module], Any] | None = None,
     progress: Progress | bool | None = None,
     memory_limit: int | str | None = None,
-<<<<<<< HEAD
-    surgeon: Surgeon | None = None,
-=======
     title: str = "prune",
->>>>>>> main
+    surgeon: Surgeon | None = None,
 ) -> Report:
     """`prune` with settings that are checked already, among them such as its keywords cannot express.
 
-    title: what stands before the progress.
+    title: what stands before the progress.   surgeon: with method="fishleg", what earlier prunings have learned; it learns on.
     """
     found = find_targets(model, targets, ignore)
     found.take(model, settings.rule)
@@ -318,13 +310,9 @@ def prune_once(
             sample = reader.peek() if reader.once else _some_samples(data, objective)
             counted = None if sample is None else count_flops(objective, model, sample)
             costs = _costs(found, layout, counted[1] if counted else {})
-<<<<<<< HEAD
         if settings.method == "fishleg" and surgeon is None:
             surgeon = Surgeon(layout, settings, conv_groups(model, layout.names))
-        run = Run(layout, settings, found.parameters, clock, progress, costs=costs, most=most, surgeon=surgeon)
-=======
-        run = Run(layout, settings, found.parameters, clock, bar, costs=costs, most=most)
->>>>>>> main
+        run = Run(layout, settings, found.parameters, clock, bar, costs=costs, most=most, surgeon=surgeon)
         if reader is None or not needs_data:
             outcome = run.without_gradients(weight, ~dead)
         else:
