@@ -1,4 +1,4 @@
-"""FishLeg's learned inverse: Q ≈ F_γ⁻¹ = (F + γ I)⁻¹ in a fixed form, kept up to date by small steps on fresh gradients.
+"""FishLeg's learned inverse: Q ≈ F_γ⁻¹ = (F + γ I)⁻¹ in a fixed form, kept up to date by steps on fresh gradients.
 
 Q is the minimiser of the auxiliary loss
 
@@ -11,16 +11,17 @@ the blocks, which is WoodFisher's.  Forms ("parameterizations"), all symmetric a
     kron                    D (T ⊗ S) D for each layer, T = R Rᵀ [o, o], S = L Lᵀ [i, i], D a diagonal [o, i]
     block-kron              the same in tiles of the layer's matrix, so that T and S stay small
 
-Two ways to take a step: exact in u, where the expectation is taken analytically (`aux_step`, the default: nothing is
-drawn, and there is no learning rate), and with u drawn, as published (`sampled_step`).
+Two ways to take a step: exact in u, where the expectation is taken analytically (`aux_step` and `fit`, the default:
+nothing is drawn, and there is no learning rate), and with u drawn, as published (`SampledSteps`).
+Vectors are those of the whole layout, [d] or [d, n], and every part of Q writes its own weights.
 Source: FishLeg Surgeon (McGowan et al., 2024), on FishLeg (Garcia et al., 2023).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,22 +38,15 @@ PRODUCTS = ("rows", "antithetic")
 PARAMETERIZATIONS = ("diagonal", "block", "kron", "block-kron", "full")
 # Sides of the tiles of "block-kron": T and S of a tile take no more than a block of so many weights.
 TILE = 256
+# Of the gradients of a fit every eighth judges when to stop, and by how much the loss has to fall to go on.
+HOLD_OUT = 8
+FALLING = 1e-3
+# A step after which it is this much higher, relatively, has gone astray: it is taken back, and halved down to this.
+RISING = 1.0
+SMALLEST_RATE = 1 / 64
 # Of the joint update's constraint w_Q = 0, relative to w_Q, and how long it is pursued.
 TOLERANCE = 1e-6
 MAX_ITERATIONS = 500
-
-
-class _Form(Protocol):
-    """One part of Q: which weights it covers, and how it learns.  Vectors are those of the whole layout, [d, ...]."""
-
-    def diag(self, out: Tensor) -> None: ...
-    def mul(self, x: Tensor, out: Tensor) -> None: ...
-    def step(self, grads: Tensor, damping: float, rate: float) -> Tensor: ...
-    def loss(self, grads: Tensor, damping: float) -> float: ...
-    def downdate(self, mask: Tensor) -> None: ...
-    def joint(self, weight: Tensor, mask: Tensor, out: Tensor) -> None: ...
-    def variables(self) -> list[Tensor]: ...
-    def slopes(self, r: Tensor, u: Tensor) -> list[Tensor]: ...
 
 
 class BlockRoots:
@@ -65,12 +59,20 @@ class BlockRoots:
         self.layout, self.root, self.top, self.blocks, self.live = layout, root, top, blocks, live
 
     @classmethod
-    def start(cls, layout: BlockLayout, blocks: Tensor, scale: float, live: Tensor, dtype: torch.dtype) -> BlockRoots:
+    def start(
+        cls, layout: BlockLayout, blocks: Tensor, scale: float, live: Tensor, dtype: torch.dtype
+    ) -> BlockRoots:
         """Q = scale I."""
         size = int((blocks[:, 1] - blocks[:, 0]).max())
         root = torch.zeros(len(blocks), size, size, dtype=dtype, device=live.device)
         root.diagonal(dim1=1, dim2=2).fill_(math.sqrt(scale))
         return cls(layout, root, torch.ones_like(root[:, 0]), blocks.to(live.device), live)
+
+    def describe(self, b: int) -> str:
+        """The weights of a block, by parameter."""
+        start, stop = self.blocks[b].tolist()
+        name, (first, _) = next((n, r) for n, r in self.layout.parameter_ranges.items() if start < r[1])
+        return f"{name}[{start - first}:{stop - first}]"
 
     def diag(self, out: Tensor) -> None:
         ops.factor_diagonal(self.root, self.blocks, out=out)
@@ -78,8 +80,8 @@ class BlockRoots:
     def mul(self, x: Tensor, out: Tensor) -> None:
         ops.block_factor_matvec(self.root, self.blocks, x, out=out)
 
-    def step(self, grads: Tensor, damping: float, rate: float) -> Tensor:
-        """One step on every block; returns the loss of each before it, float64 [K].
+    def step(self, grads: Tensor, damping: float, rate: float) -> None:
+        """One step on every block.   rate: the share of the step, 1 for all of it.
 
         Raises FisherError where a block diverged.
         """
@@ -89,12 +91,9 @@ class BlockRoots:
         )
         if not bool(largest.isfinite().all()):
             b = int((~largest.isfinite()).nonzero()[0])
-            start, stop = self.blocks[b].tolist()
             raise FisherError(
-                f"the learned inverse diverged in weights {start} to {stop} of {self.layout!r} at damping={damping:g}; "
-                f"use a larger damping"
+                f"the learned inverse diverged in {self.describe(b)} at damping={damping:g}; use a larger damping"
             )
-        return loss
 
     def loss(self, grads: Tensor, damping: float) -> float:
         total = 0.0
@@ -103,11 +102,18 @@ class BlockRoots:
             gram = root.mT @ root
             total += float((damping / 2) * gram.square().sum(dtype=torch.float64))
             total -= float(gram.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
-        image = torch.zeros_like(grads.T, dtype=self.root.dtype, memory_format=torch.contiguous_format)  # [d, k]
+        image = torch.zeros_like(
+            grads.T, dtype=self.root.dtype, memory_format=torch.contiguous_format
+        )  # [d, k]
         self.mul(grads.T.to(self.root.dtype).contiguous(), image)
         return total + float(image.square().sum(dtype=torch.float64)) / (2 * len(grads))
 
+    def fisher_times(self, grads: Tensor, x: Tensor, out: Tensor) -> None:
+        """F x within each block, without γ.   x: [d, n]."""
+        ops.fisher_vector_product(grads, self.blocks, len(grads), x, out=out)
+
     def downdate(self, mask: Tensor) -> None:
+        """Exact: what is left of Q is the inverse of what is left of F_γ, if Q was F_γ⁻¹."""
         ops.factor_downdate_(self.root, self.blocks, mask)
 
     def matrices(self, first: int, last: int) -> Tensor:
@@ -126,10 +132,9 @@ class BlockRoots:
             failed = torch.empty(last - first, dtype=torch.bool, device=weight.device)
             ops.obs_solve_(new, self.matrices(first, last), self.blocks[first:last], mask, failed)
             if bool(failed.any()):
-                start, stop = self.blocks[first + int(failed.nonzero()[0])].tolist()
+                where = self.describe(first + int(failed.nonzero()[0]))
                 raise FisherError(
-                    f"the joint update of weights {start} to {stop} of {self.layout!r} breaks down in float64; use "
-                    f"update='sum' or a larger damping"
+                    f"the joint update of {where} breaks down in float64; use update='sum' or a larger damping"
                 )
         for start, stop in self._ranges():
             out[start:stop] = new[start:stop]
@@ -140,6 +145,9 @@ class BlockRoots:
         cut = (edges[1:, 0] != edges[:-1, 1]).nonzero().squeeze(1) + 1
         firsts, lasts = [0, *cut.tolist()], [*cut.tolist(), len(edges)]
         return [(int(edges[a, 0]), int(edges[b - 1, 1])) for a, b in zip(firsts, lasts, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"root": self.root, "top": self.top, "blocks": self.blocks}
 
     def variables(self) -> list[Tensor]:
         return [self.root]
@@ -154,7 +162,8 @@ class BlockRoots:
 class KroneckerTiles:
     """Q = D (T ⊗ S) D, T = R Rᵀ, S = L Lᵀ, for the tiles of one tensor seen as a matrix [o, i].
 
-    start, stop: its range of the flat vector.   shape, last: of the tensor, and which dimension runs fastest there.
+    name: of the tensor.   start, stop: its range of the flat vector.   shape: of the tensor.   last: which of its
+    dimensions runs fastest in that range.
     rows, columns: of the matrix; a convolution's columns are (channel, kernel), and its groups have tiles of their own.
     left: R [N, a, a].   right: L [N, b, b].   scale: D [N, a, b], 0 where a tile overhangs (`inside` is False).
     second: diag F as far as it is known, [N, a, b].   moments: those behind T and S, [N, a, a] and [N, b, b].
@@ -168,8 +177,11 @@ class KroneckerTiles:
     gradients of removed weights are learned from too, and the joint update solves for all that were ever removed.
     """
 
+    _TENSORS = ("left", "right", "scale", "second", "inside")
+
     def __init__(
         self,
+        name: str,
         span: tuple[int, int],
         shape: Sequence[int],
         last: int,
@@ -182,6 +194,7 @@ class KroneckerTiles:
         moments: tuple[Tensor, Tensor],
         inside: Tensor,
     ) -> None:
+        self.name = name
         self.start, self.stop = span
         self.shape, self.last, self.tile = tuple(shape), last, tile
         self.left, self.right, self.scale = left, right, scale
@@ -190,6 +203,7 @@ class KroneckerTiles:
     @classmethod
     def start_at(
         cls,
+        name: str,
         span: tuple[int, int],
         shape: Sequence[int],
         last: int,
@@ -202,7 +216,9 @@ class KroneckerTiles:
     ) -> KroneckerTiles:
         """Q = scale I.   largest: side of a tile, None for whole layers.   groups: of a convolution."""
         rows, columns = shape[0], math.prod(shape[1:])
-        a, b = (-(-n // -(-n // min(n, largest or n))) for n in (rows // groups, columns))  # sides as even as they get
+        a, b = (
+            -(-n // -(-n // min(n, largest or n))) for n in (rows // groups, columns)
+        )  # sides as even as they get
         if groups > 1 and (rows // groups) % a:
             a = next(n for n in range(a, 0, -1) if (rows // groups) % n == 0)  # no tile may cross a group
         count = -(-rows // a) * -(-columns // b)
@@ -212,7 +228,7 @@ class KroneckerTiles:
 
         zeros = torch.zeros(count, a, b, dtype=dtype, device=device)
         made = cls(
-            span, shape, last, (a, b),
+            name, span, shape, last, (a, b),
             left=identity(a), right=identity(b), scale=zeros, second=zeros.clone(),
             moments=(0 * identity(a), 0 * identity(b)), inside=zeros.bool(),
         )  # fmt: skip
@@ -280,17 +296,16 @@ class KroneckerTiles:
         L, info = torch.linalg.cholesky_ex(moment)
         if bool((info > 0).any()):
             raise FisherError(
-                f"the Kronecker factors of weights {self.start} to {self.stop} are not positive definite; use a larger "
-                f"damping"
+                f"the Kronecker factors of {self.name!r} are not positive definite; use a larger damping"
             )
         identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device).expand_as(L)
         return torch.linalg.solve_triangular(L, identity, upper=False).mT
 
-    def step(self, grads: Tensor, damping: float, rate: float) -> Tensor:
+    def step(self, grads: Tensor, damping: float, rate: float) -> None:
         """T and S once each in closed form.   rate: the share of these gradients in the moments."""
         g = self.tiles(grads.to(self.scale.dtype))  # [k, N, a, b]
         second = torch.lerp(self.second, g.square().mean(dim=0), rate)
-        self.scale = self.inside.to(g.dtype) / (second + damping).sqrt()
+        self.scale = self.inside / (second + damping).sqrt()
         x = self.scale * g
         T, _ = _unit(self.factors[0])
         right = torch.lerp(self.moments[1], self._moment(x, T, damping, left=False), rate)
@@ -300,7 +315,6 @@ class KroneckerTiles:
         left = torch.lerp(self.moments[0], self._moment(x, S.to(g.dtype), damping, left=True), rate)
         self.left = (self._solve(left) * math.sqrt(S.shape[1])).to(g.dtype)  # tr S is its side
         self._next = second, (left, right)
-        return torch.zeros(1, dtype=torch.float64)
 
     def keep(self) -> None:
         """Take the moments of the last step as what is known."""
@@ -310,10 +324,20 @@ class KroneckerTiles:
         """The auxiliary loss with u from N(0, D⁻²)."""
         T, S = self.factors
         image = T @ (self.scale * self.tiles(grads.to(self.scale.dtype))) @ S
-        spread = (T * T).sum(dim=1, keepdim=True) @ self.scale.square() @ (S * S).sum(dim=2, keepdim=True)  # [N, 1, 1]
+        spread = (
+            (T * T).sum(dim=1, keepdim=True) @ self.scale.square() @ (S * S).sum(dim=2, keepdim=True)
+        )  # [N, 1, 1]
         trace = T.diagonal(dim1=1, dim2=2).sum(dim=1) * S.diagonal(dim1=1, dim2=2).sum(dim=1)
-        total = image.square().sum(dtype=torch.float64) / len(grads) + damping * spread.sum(dtype=torch.float64)
+        total = image.square().sum(dtype=torch.float64) / len(grads) + damping * spread.sum(
+            dtype=torch.float64
+        )
         return float(total) / 2 - float(trace.sum(dtype=torch.float64))
+
+    def fisher_times(self, grads: Tensor, x: Tensor, out: Tensor) -> None:
+        """F x within each tile, without γ.   x: [d, n]."""
+        g, x = self.tiles(grads).flatten(2), self.tiles(x.T).flatten(2)  # [k, N, a b], [n, N, a b]
+        product = torch.einsum("kts,knt->nts", g, torch.einsum("kts,nts->knt", g, x)) / len(g)
+        out[self.start : self.stop] = self.flat(product.view(*product.shape[:2], *self.tile)).T
 
     def downdate(self, mask: Tensor) -> None:
         """Nothing to do: Q is that of the whole layer."""
@@ -326,7 +350,9 @@ class KroneckerTiles:
         gone = self.inside & (self.tiles(mask.double()) == 0)
         wide = _in_float64(self)
         T, S = wide.factors
-        diagonal = wide.scale.square() * T.diagonal(dim1=1, dim2=2)[:, :, None] * S.diagonal(dim1=1, dim2=2)[:, None]
+        diagonal = (
+            wide.scale.square() * T.diagonal(dim1=1, dim2=2)[:, :, None] * S.diagonal(dim1=1, dim2=2)[:, None]
+        )
         diagonal = torch.where(self.inside, diagonal, 1)[None]
 
         def product(x: Tensor) -> Tensor:
@@ -352,8 +378,35 @@ class KroneckerTiles:
             before, square = square, dot(residual, ahead)
             direction = ahead + (square / before.clamp(min=1e-300)) * direction
         raise FisherError(
-            f"the joint update of weights {self.start} to {self.stop} does not converge in {MAX_ITERATIONS} conjugate "
-            f"gradients; use update='sum' or a larger damping"
+            f"the joint update of {self.name!r} does not converge in {MAX_ITERATIONS} conjugate gradients; use "
+            f"update='sum' or a larger damping"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        tensors = {name: getattr(self, name) for name in self._TENSORS}
+        return tensors | {
+            "name": self.name,
+            "span": [self.start, self.stop],
+            "shape": list(self.shape),
+            "last": self.last,
+            "tile": list(self.tile),
+            "moments": list(self.moments),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> KroneckerTiles:
+        """The tiles that `state_dict` described; the tensors are copied."""
+        (start, stop), (a, b) = state["span"], state["tile"]
+        first, second = (moment.clone() for moment in state["moments"])
+        tensors = {name: state[name].clone() for name in cls._TENSORS}
+        return cls(
+            state["name"],
+            (start, stop),
+            state["shape"],
+            state["last"],
+            (a, b),
+            moments=(first, second),
+            **tensors,
         )
 
     def variables(self) -> list[Tensor]:
@@ -366,7 +419,11 @@ class KroneckerTiles:
         x, y = self.scale * r, self.scale * u
         by_left, by_right = x @ S @ y.mT, x.mT @ T @ y
         by_scale = r * (T @ y @ S) + u * (T @ x @ S)
-        return [(by_left + by_left.mT) @ self.left, (by_right + by_right.mT) @ self.right, by_scale * self.inside]
+        return [
+            (by_left + by_left.mT) @ self.left,
+            (by_right + by_right.mT) @ self.right,
+            by_scale * self.inside,
+        ]
 
 
 def _unit(factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -427,7 +484,7 @@ class FishLegInverse:
         damping: float,
         parameterization: str = "block",
         scale: float | None = None,
-        horizon: float = 512,
+        horizon: float = 2048,
         tile: int = TILE,
         conv_groups: Mapping[str, int] | None = None,
         live: Tensor | None = None,
@@ -459,18 +516,28 @@ class FishLegInverse:
             if parameterization == "diagonal" or ("kron" in parameterization and len(shape) < 2):
                 single.append(ranges[name])
             elif "kron" in parameterization:
-                forms.append(
-                    KroneckerTiles.start_at(
-                        ranges[name], shape, layout.last.get(name, len(shape) - 1), scale=scale, dtype=dtype,
-                        device=live.device, groups=(conv_groups or {}).get(name, 1), largest=tile if parameterization == "block-kron" else None,
-                    )
-                )  # fmt: skip
+                form = KroneckerTiles.start_at(
+                    name,
+                    ranges[name],
+                    shape,
+                    layout.last.get(name, len(shape) - 1),
+                    scale=scale,
+                    dtype=dtype,
+                    device=live.device,
+                    groups=(conv_groups or {}).get(name, 1),
+                    largest=tile if parameterization == "block-kron" else None,
+                )
+                forms.append(form)
         if parameterization in ("block", "full"):
             forms.append(BlockRoots.start(layout, layout.blocks, scale, live, dtype))
         elif single:
             places = torch.cat([torch.arange(a, b) for a, b in single])
-            forms.append(BlockRoots.start(layout, torch.stack([places, places + 1], dim=1), scale, live, dtype))
-        made = cls(layout, forms, parameterization=parameterization, damping=damping, horizon=horizon, live=live)
+            forms.append(
+                BlockRoots.start(layout, torch.stack([places, places + 1], dim=1), scale, live, dtype)
+            )
+        made = cls(
+            layout, forms, parameterization=parameterization, damping=damping, horizon=horizon, live=live
+        )
         if not bool(live.all()):
             for form in forms:
                 form.downdate(live)
@@ -513,6 +580,11 @@ class FishLegInverse:
     def dtype(self) -> torch.dtype:
         """Of the state."""
         return self.variables()[0].dtype
+
+    @property
+    def tiled(self) -> bool:
+        """Whether Q consists of Kronecker products."""
+        return "kron" in self.parameterization
 
     @property
     def state_bytes(self) -> int:
@@ -580,7 +652,11 @@ class FishLegInverse:
         Raises FastFisherError where the parameterization has no blocks.
         """
         roots = self.forms[0]
-        if not isinstance(roots, BlockRoots) or len(self.forms) > 1 or len(roots.blocks) != self.layout.num_blocks:
+        if (
+            not isinstance(roots, BlockRoots)
+            or len(self.forms) > 1
+            or len(roots.blocks) != self.layout.num_blocks
+        ):
             raise FastFisherError(
                 f"parameterization={self.parameterization!r} has no blocks of weights; use update='sum' or 'joint'"
             )
@@ -588,7 +664,13 @@ class FishLegInverse:
         part = Part(state, None, roots.blocks, block_ids(0, len(roots.blocks)))
         unknown = torch.full((len(roots.blocks),), torch.nan, dtype=torch.float64)
         return FisherInverse(
-            self.layout, [part], form="primal", damping=self.damping, num_grads=1, condition=unknown, dtype=state.dtype
+            self.layout,
+            [part],
+            form="primal",
+            damping=self.damping,
+            num_grads=1,
+            condition=unknown,
+            dtype=state.dtype,
         )
 
     def prune_update(self, weight: Tensor, mask: Tensor, update: str = "sum") -> Tensor:
@@ -621,27 +703,23 @@ class FishLegInverse:
         self.live &= mask
         self._diagonal = None
 
-    def aux_step(self, grads: Tensor) -> float:
-        """One step, exact in u, on a mini-batch of gradients [k, d]; returns its auxiliary loss before, NaN for tiles.
+    def aux_step(self, grads: Tensor) -> None:
+        """One step, exact in u, on a mini-batch of gradients [k, d].
 
         Raises FisherError where a block diverges.
         """
         grads = self._masked(grads)
         share = len(grads) / (self.seen + len(grads))
-        loss = sum(float(form.step(grads, self.damping, self._rate(form, share)).sum()) for form in self.forms)
+        for form in self.forms:
+            form.step(grads, self.damping, share)
         self._remember(len(grads))
-        return loss
-
-    def _rate(self, form: BlockRoots | KroneckerTiles, share: float) -> float:
-        """How much of Q one step on a new batch may replace."""
-        return share
 
     def _masked(self, grads: Tensor) -> Tensor:
         if grads.ndim != 2 or grads.shape[1] != self.layout.num_weights:
             raise FastFisherError(f"grads must be [k, {self.layout.num_weights}], got {list(grads.shape)}")
         grads = grads.detach().to(self.dtype)
-        tiled = "kron" in self.parameterization  # those learn from removed weights too
-        return grads if tiled or bool(self.live.all()) else grads * self.live
+        # tiles learn from removed weights too
+        return grads if self.tiled or bool(self.live.all()) else grads * self.live
 
     def _remember(self, count: int) -> None:
         self.seen = min(self.seen + count, self.horizon)
@@ -650,30 +728,112 @@ class FishLegInverse:
             if isinstance(form, KroneckerTiles):
                 form.keep()
 
+    def moved(self) -> None:
+        """To be called after `variables` were written to."""
+        self._diagonal = None
+
     def loss(self, grads: Tensor) -> float:
         """The auxiliary loss A(Q) with the Fisher of gradients [k, d]; tiles measure theirs in units of their D."""
+        return self._loss(self._masked(grads))
+
+    def error(self, grads: Tensor, *, probes: int = 8, seed: int = 0) -> float:
+        """‖Q F_γ − I‖_F / √d, estimated by random signs, F the Fisher of gradients [k, d] within blocks or tiles.
+
+        Of gradients that Q was not fitted to it holds their own noise too.
+        """
         grads = self._masked(grads)
-        return sum(form.loss(grads, self.damping) for form in self.forms)
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (self.layout.num_weights, probes), generator=generator) * 2 - 1
+        z = signs.to(self.device, self.dtype)
+        if not self.tiled:
+            z *= self.live[:, None]
+        image, product = torch.zeros_like(z), torch.zeros_like(z)
+        for form in self.forms:
+            form.fisher_times(grads, z, image)
+        image += self.damping * z
+        for form in self.forms:
+            form.mul(image, product)
+        return float((product - z).norm() / z.norm())
 
     def fit(self, grads: Tensor, *, held_out: Tensor | None = None, max_steps: int = 30) -> int:
         """Steps on one batch [k, d] until the loss on the held-out gradients stops falling; returns how many.
 
-        held_out: [h, d], by default every eighth of the batch.
+        held_out: [h, d], by default every eighth of the batch, which is then left out of it.
+        The last step is taken back where it raised that loss; one that doubled it is halved.
+        Raises FisherError where halving does not help.
         """
-        if held_out is None:
-            held_out = grads[::8]
-        grads, held_out = self._masked(grads), self._masked(held_out)
+        if held_out is None and len(grads) >= HOLD_OUT:
+            last = torch.arange(len(grads)) % HOLD_OUT == HOLD_OUT - 1
+            held_out, grads = grads[last], grads[~last]
+        grads = self._masked(grads)
+        judge = grads if held_out is None else self._masked(held_out)
         share = len(grads) / (self.seen + len(grads))
-        best = sum(form.loss(held_out, self.damping) for form in self.forms)
-        done = 0
+        best, done, rate = self._loss(judge), 0, 1.0
         while done < max_steps:
+            before = [x.clone() for x in self.variables()]
             for form in self.forms:
-                form.step(grads, self.damping, self._rate(form, share))
+                form.step(grads, self.damping, share * rate)
             done += 1
-            loss = sum(form.loss(held_out, self.damping) for form in self.forms)
-            self.history.append({"steps": done, "loss": loss})
-            if not loss < best - 1e-3 * abs(best):
+            loss = self._loss(judge)
+            if loss < best - FALLING * abs(best):
+                best = loss
+                continue
+            if not loss <= best:
+                for x, old in zip(self.variables(), before, strict=True):
+                    x.copy_(old)
+            if loss <= best + RISING * abs(best):
                 break
-            best = loss
+            rate /= 2
+            if rate < SMALLEST_RATE:
+                raise FisherError(
+                    f"the learned inverse diverged after {done} steps, at a loss of {loss:g} after {best:g}, at "
+                    f"damping={self.damping:g}; use a larger damping"
+                )
         self._remember(len(grads))
+        self.history.append(
+            {"steps": done, "gradients": len(grads), "loss": best, "error": self.error(judge)}
+        )
         return done
+
+    def _loss(self, grads: Tensor) -> float:
+        return sum(form.loss(grads, self.damping) for form in self.forms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `from_state_dict` needs: tensors, numbers and names that torch.load(weights_only=True) reads."""
+        layout = self.layout
+        return {
+            "names": list(layout.names),
+            "shapes": [list(shape) for shape in layout.shapes],
+            "block_size": None if layout.single_block else layout.block_size,
+            "group": layout.group,
+            "last": dict(layout.last),
+            "parameterization": self.parameterization,
+            "damping": self.damping,
+            "horizon": self.horizon,
+            "seen": self.seen,
+            "live": self.live,
+            "history": [dict(row) for row in self.history],
+            "forms": [form.state_dict() for form in self.forms],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> FishLegInverse:
+        """The inverse that `state_dict` described; the tensors are copied."""
+        layout = BlockLayout(
+            state["names"], state["shapes"], state["block_size"], group=state["group"], last=state["last"]
+        )
+        live = state["live"].clone()
+        forms: list[BlockRoots | KroneckerTiles] = []
+        for form in state["forms"]:
+            if "root" in form:
+                forms.append(
+                    BlockRoots(layout, *(form[key].clone() for key in ("root", "top", "blocks")), live)
+                )
+            else:
+                forms.append(KroneckerTiles.from_state_dict(form))
+        made = cls(
+            layout, forms, live=live, seen=state["seen"],
+            **{key: state[key] for key in ("parameterization", "damping", "horizon")},
+        )  # fmt: skip
+        made.history = [dict(row) for row in state["history"]]
+        return made

@@ -24,19 +24,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fastfisher import runlog
 from fastfisher.errors import FastFisherError
-from fastfisher.prune.masks import HeldSparsity, unwrapped
+from fastfisher.prune.masks import HeldSparsity, unwrapped, unwrapped_optimizer
 from fastfisher.prune.patterns import Pattern
 from fastfisher.prune.plan import gradient_limit, layout_of
 from fastfisher.prune.pruner import prune, prune_once
 from fastfisher.prune.schedule import as_schedule, real
 from fastfisher.prune.settings import Settings, layer_limits
+from fastfisher.prune.surgeon import Surgeon, conv_groups
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.report import Report
 
-FORMAT = 1
+FORMAT = 2
 # Keywords of `prune` that a step is told, or that belong to one call.
 _OF_A_STEP = ("model", "data", "sparsity", "eval_fn")
 _OF_THE_CALL = ("targets", "ignore", "loss_fn", "progress", "memory_limit")
@@ -99,6 +101,10 @@ class Pruner:
         gradient_limit(layout, self._settings, found, given["memory_limit"])
         self._held = HeldSparsity(self.model, strict=strict)
         self._held.hold(found.aliases)
+        self._surgeon: Surgeon | None = None  # with method="fishleg", from the first pruning on
+        self._steps = 0  # of the first optimizer attached
+        self._stepped: RemovableHandle | None = None
+        self._data: Iterable[Any] | None = None
         self._mended = 0  # how many were told of in reports
         self._writer = writer
         self._log = None if log is None else Path(log)
@@ -146,6 +152,21 @@ class Pruner:
         Raises FastFisherError where one is no torch optimizer or holds none of the target weights.
         """
         self._held.attach(*optimizers)
+        if self._settings.method == "fishleg":
+            if self._stepped is not None:
+                self._stepped.remove()
+            self._stepped = unwrapped_optimizer(optimizers[0]).register_step_post_hook(self._after_step)
+
+    def _new_surgeon(self) -> Surgeon:
+        layout = layout_of(self._targets(), self._settings)
+        return Surgeon(layout, self._settings, conv_groups(self.model, layout.names))
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """An auxiliary step every so many steps of the optimizer, once there was a pruning."""
+        self._steps += 1
+        every = self._settings.options.update_aux_every
+        if self._surgeon is not None and self._data is not None and every and self._steps % every == 0:
+            self._surgeon.move(self.model, self._data, self._options["loss_fn"])
 
     def apply_masks(self, model: nn.Module | None = None) -> None:
         """Set to zero what the masks remove, in this model or in another one with the same names, such as an EMA copy.
@@ -165,6 +186,7 @@ class Pruner:
         Raises FastFisherError and FisherError as `prune` does.
         """
         when = self._time(epoch, step)
+        self._data = data
         due = self.schedule.due(when)
         if due is None or (self._last is not None and due[0] <= self._last):
             return None
@@ -235,7 +257,11 @@ class Pruner:
             on_the_way=True,
             seed=self._settings.seed + len(self.reports),  # a loader that shuffles gives other samples
         )
-        report = prune_once(self.model, data, settings, title=title, **self._options)
+        surgeon = None
+        if settings.method == "fishleg":
+            surgeon = self._new_surgeon() if self._surgeon is None else self._surgeon.copy()
+        report = prune_once(self.model, data, settings, title=title, surgeon=surgeon, **self._options)
+        self._surgeon = surgeon
         self._agree()
         held.hold(self._targets().aliases)
         mended = sum(held.mended.values())
@@ -271,6 +297,8 @@ class Pruner:
         """
         self._held.check()
         self._held.remove()
+        if self._stepped is not None:
+            self._stepped.remove()
         final, reached = self.schedule.final, self.reports[-1].sparsity if self.reports else 0.0
         if final is not None and reached < final:
             warnings.warn(
@@ -290,6 +318,8 @@ class Pruner:
             "last": self._last,
             "settings": self._fingerprint(),
             "reports": [report.to_dict() for report in self.reports],
+            "steps": self._steps,
+            "surgeon": None if self._surgeon is None else self._surgeon.state_dict(),
         }
 
     def _fingerprint(self) -> dict[str, str]:
@@ -304,7 +334,7 @@ class Pruner:
 
         Raises FastFisherError, with nothing changed, where the state is of another model or of other settings.
         """
-        missing = {"format", "masks", "unit", "last", "settings", "reports"} - set(state)
+        missing = set(self.state_dict()) - set(state)
         if missing or state["format"] != FORMAT:
             what = f"{sorted(missing)[0]!r} is missing" if missing else f"its format is {state['format']!r}"
             raise FastFisherError(f"this is no state of a Pruner that this version can read: {what}")
@@ -324,3 +354,7 @@ class Pruner:
         reports = [Report.from_dict(report) for report in state["reports"]]
         self._held.set_masks({name: masks[name].bool() for name in self.masks}, self._held.aliases)
         self._unit, self._last, self.reports = state["unit"], state["last"], reports
+        self._steps, self._surgeon = state["steps"], None
+        if state["surgeon"] is not None:
+            self._surgeon = self._new_surgeon()
+            self._surgeon.load_state_dict(state["surgeon"])

@@ -179,7 +179,7 @@ def prune(
     pattern: str = "unstructured",
     cost: str = "params",
     max_layer_sparsity: float | Mapping[str, float] = 1.0,
-    fishleg: FishLeg | Mapping[str, Any] = FishLeg(),
+    fishleg: FishLeg | Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress | bool | None = None,
     memory_limit: int | str | None = None,
@@ -257,7 +257,8 @@ def prune_once(
 ) -> Report:
     """`prune` with settings that are checked already, among them such as its keywords cannot express.
 
-    title: what stands before the progress.   surgeon: with method="fishleg", what earlier prunings have learned; it learns on.
+    title: what stands before the progress.
+    surgeon: with method="fishleg", what earlier prunings have learned; it learns on.
     """
     found = find_targets(model, targets, ignore)
     found.take(model, settings.rule)

@@ -62,7 +62,7 @@ class FishLeg:
     aux: "exact" in u, or "sampled", the published way: u drawn, Adam.
     max_aux_steps: on the gradients of one pruning; fewer where the loss on the held-out ones stops falling ("exact").
     update_aux_every: steps of an attached optimizer between two auxiliary steps in a `Pruner`; 0 for none.
-    aux_grads: gradients of each of those.   horizon: gradients that the inverse remembers, by default num_grads.
+    aux_grads: gradients of each of those.   horizon: gradients that the inverse remembers, by default 4 num_grads.
     Of "sampled":
     u: "gaussian", "rademacher" or "gradient".   aux_lr: Adam's rate.   preconditioner: of the slope, by Q itself.
     product: with the Fisher, from "rows" (gradients of single samples) or "antithetic" (two gradients of a batch at
@@ -70,7 +70,7 @@ class FishLeg:
     Raises FastFisherError with the offending value.
     """
 
-    parameterization: str = "block"
+    parameterization: str = "block-kron"
     tile: int = TILE
     aux: str = "exact"
     max_aux_steps: int = 30
@@ -99,9 +99,9 @@ class FishLeg:
 
     @classmethod
     def of(cls, given: Any) -> FishLeg:
-        """Itself, or those named in a mapping."""
-        if isinstance(given, cls):
-            return given
+        """Itself, or those named in a mapping; the defaults for None."""
+        if given is None or isinstance(given, cls):
+            return given or cls()
         if not isinstance(given, Mapping):
             raise FastFisherError(f"fishleg must be a mapping of options; got {given!r:.60}")
         names = [field.name for field in fields(cls)]
@@ -135,7 +135,7 @@ class Settings:
     pattern: str = "unstructured"
     cost: str = "params"
     max_layer_sparsity: float | Mapping[str, float] = 1.0
-    fishleg: FishLeg | Mapping[str, Any] = FishLeg()
+    fishleg: FishLeg | Mapping[str, Any] | None = None
     on_the_way: bool = False
 
     @classmethod

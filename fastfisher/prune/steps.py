@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from fastfisher import ops
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
-from fastfisher.fisher.gradients import KEPT_GRADS, GradientStream, Objective
 from fastfisher.fisher.fishleg import FishLegInverse
+from fastfisher.fisher.gradients import KEPT_GRADS, GradientStream, Objective
 from fastfisher.fisher.hessian import hessian_inverse, obd_inverse
 from fastfisher.fisher.inverse import FisherAccumulator, FisherInverse
 from fastfisher.fisher.kfac import KFACInverse, kfac_inverse
@@ -207,6 +208,7 @@ class Run:
             if self.progress is not None:
                 self.progress("gradients", i * settings.num_grads + done, steps * settings.num_grads)
 
+        finv: FisherInverse | FishLegInverse | KFACInverse
         if isinstance(stream, Read):
             with self.clock("inverse"):
                 finv = self._rival(stream)
@@ -227,9 +229,9 @@ class Run:
         with self.clock("update"):
             new = layout.scatter(updated(weight, layout.gather(mask), finv, settings.applied_update))
         found.new, found.mask, found.form, found.damping = new, mask, finv.form, float(finv.damping)
-        if self.surgeon is not None and self.surgeon.inverse is not None:
+        if self.surgeon is not None:
             with self.clock("inverse"):
-                self.surgeon.inverse.downdate(mask)
+                self.surgeon.remove(mask)
         found.streams.append(stream)
         found.steps.append(
             StepRow(
@@ -267,11 +269,21 @@ class Run:
 
         def pieces() -> Iterator[Tensor]:
             for piece in _timed(iter(stream), self.clock):
-                yield piece
+                # rows of one sample add up
+                yield piece * stream.rows_per_grad**0.5 if stream.rows_per_grad > 1 else piece
                 advance(stream.num_finite)
 
+        product = None
+        if self.settings.options.product == "antithetic":
+            turns = itertools.cycle(range(KEPT_GRADS))
+
+            def product(v: Tensor) -> Tensor:
+                samples = stream.kept[next(turns) % len(stream.kept)]
+                direction = stream.layout.unflatten(v)
+                return stream.layout.flatten(stream.objective.antithetic_product(direction, samples))
+
         started, before = time.perf_counter(), self.clock.seconds.get("gradients", 0.0)
-        learned = surgeon.learn(pieces(), live)
+        learned = surgeon.learn(pieces(), live, product=product)
         seconds = time.perf_counter() - started - (self.clock.seconds["gradients"] - before)
         self.clock.seconds["inverse"] = self.clock.seconds.get("inverse", 0.0) + seconds
         return learned.blockwise() if self.settings.has_blocks else learned

@@ -8,21 +8,25 @@ Source: FishLeg Surgeon (McGowan et al., 2024).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastfisher.errors import FastFisherError
+from fastfisher.fisher.auxiliary import Product, SampledSteps
+from fastfisher.fisher.batches import SampleReader
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.fishleg import FishLegInverse
+from fastfisher.fisher.gradients import LossFn, Objective, untouched
 from fastfisher.fisher.inverse import _absolute
 from fastfisher.prune.settings import Settings
 
 # Gradients that are held at once; more come in several batches, each of which Q is fitted to in turn.
 BATCH_BYTES = 1 << 30
+# Prunings whose gradients Q remembers.
+HORIZON = 4
 
 
 class Surgeon:
@@ -36,22 +40,49 @@ class Surgeon:
         self.settings = settings
         self.conv_groups = dict(conv_groups)
         self.inverse: FishLegInverse | None = None
+        self.moves = 0  # mini-batches read by `move`
+        self._data: Iterable[Any] | None = None
+        self._reader: SampleReader | None = None
+        self._adam: SampledSteps | None = None
 
     def copy(self) -> Surgeon:
-        """Another one with the same state."""
-        return copy.deepcopy(self)
+        """Another one with the same state, which reads on from the same data."""
+        other = Surgeon(self.layout, self.settings, self.conv_groups)
+        other.load_state_dict(self.state_dict())
+        other._data, other._reader = self._data, self._reader
+        return other
 
-    def learn(self, pieces: Iterator[Tensor], live: Tensor, *, limit: int = BATCH_BYTES) -> FishLegInverse:
-        """Fit Q to gradients [k, d] as they come.   live: bool [d], the weights that are left."""
+    def learn(
+        self,
+        pieces: Iterator[Tensor],
+        live: Tensor,
+        *,
+        product: Product | None = None,
+        limit: int = BATCH_BYTES,
+    ) -> FishLegInverse:
+        """Fit Q to gradients [k, d] as they come.   live: bool [d], the weights that are left.
+
+        product: with the Fisher, for "sampled" steps where it does not come from the gradients.
+        """
+        options = self.settings.options
         for grads in _batches(pieces, limit):
             if self.inverse is None:
                 self.inverse = self._start(grads, live)
-            elif not torch.equal(self.inverse.live, live):
-                self.inverse.downdate(live)
-            self.inverse.fit(grads, max_steps=self.settings.options.max_aux_steps)
+            self.remove(live)
+            if options.aux == "exact":
+                self.inverse.fit(grads, max_steps=options.max_aux_steps)
+            else:
+                self._sampled(grads, options.max_aux_steps, product)
         if self.inverse is None:
             raise FastFisherError("no gradient came to learn from")
         return self.inverse
+
+    def remove(self, live: Tensor) -> None:
+        """Take weights out of Q.   live: bool [d], what is left."""
+        assert self.inverse is not None
+        if not torch.equal(self.inverse.live, live):
+            self.inverse.downdate(live)
+            self._adam = None  # its averages are of the old Q
 
     def _start(self, grads: Tensor, live: Tensor) -> FishLegInverse:
         settings, options = self.settings, self.settings.options
@@ -62,21 +93,96 @@ class Surgeon:
             self.layout,
             damping=damping,
             parameterization=options.parameterization,
-            horizon=options.horizon or settings.num_grads,
+            horizon=options.horizon or HORIZON * settings.num_grads,
             tile=options.tile,
             conv_groups=self.conv_groups,
             live=live.clone(),
             dtype=grads.dtype,
         )
 
+    def move(self, model: nn.Module, data: Iterable[Any], loss_fn: LossFn | None) -> None:
+        """One auxiliary step on the next mini-batch of the data, read on from one call to the next and round and round.
+
+        Every call has a seed of its own, so that after `load_state_dict` the same samples come: those of the calls
+        before are read again and left out.
+        """
+        settings, inverse = self.settings, self.inverse
+        if inverse is None:
+            return
+        names, count = list(self.layout.names), settings.options.aux_grads * settings.grad_batch_size
+        if self._reader is None or self._data is not data:
+            self.moves = self.moves if self._reader is None else 0
+            self._data, self._reader = data, SampleReader(data, inverse.device, repeat=count)
+            for i in range(self.moves):
+                with untouched(model, settings.seed + i):
+                    self._reader.take(count, exactly=False)
+        with untouched(model, settings.seed + self.moves):
+            self.moves += 1
+            samples = self._reader.take(count, exactly=False)
+            if samples is None or len(samples) < settings.grad_batch_size:
+                return
+            objective = Objective(
+                model,
+                names,
+                loss_fn=loss_fn,
+                grad_batch_size=settings.grad_batch_size,
+                fisher_type=settings.fisher_type,
+            )
+            each = settings.grad_batch_size
+            rows = []
+            for first in range(0, len(samples), len(samples) if each == 1 else each):
+                group = samples if each == 1 else samples.narrow(first, first + each)
+                grads, losses = objective.gradients(group)
+                flat = self.layout.flatten({name: grads[name] for name in names})
+                rows.append(flat * (len(flat) / len(losses)) ** 0.5)
+        batch = torch.cat(rows)
+        finite = torch.isfinite(batch).all(dim=1)
+        if not bool(finite.any()):
+            return
+        if self.settings.options.aux == "exact":
+            inverse.aux_step(batch[finite])
+        else:
+            self._sampled(batch[finite], 1)
+
+    def _sampled(self, grads: Tensor, steps: int, product: Product | None = None) -> None:
+        """Steps with u drawn, on one batch."""
+        assert self.inverse is not None
+        options = self.settings.options
+        if self._adam is None:
+            self._adam = SampledSteps(
+                self.inverse,
+                u=options.u,
+                lr=options.aux_lr,
+                preconditioner=options.preconditioner,
+                seed=self.settings.seed,
+            )
+        grads = grads.to(self.inverse.dtype)
+        loss = 0.0
+        for _ in range(steps):
+            loss = self._adam.step(
+                product or (lambda v: grads.T @ (grads @ v) / len(grads)), grads.mean(dim=0)
+            )
+        self.inverse.history.append(
+            {"steps": steps, "gradients": len(grads), "loss": loss, "error": self.inverse.error(grads)}
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs."""
-        return {"inverse": None if self.inverse is None else self.inverse.state_dict()}
+        return {
+            "inverse": None if self.inverse is None else self.inverse.state_dict(),
+            "adam": None if self._adam is None else self._adam.state_dict(),
+            "moves": self.moves,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another one was."""
         kept = state["inverse"]
         self.inverse = None if kept is None else FishLegInverse.from_state_dict(kept)
+        self.moves, self._reader, self._adam = state["moves"], None, None
+        if state["adam"] is not None and self.inverse is not None:
+            self._sampled(self.inverse.live[None].to(self.inverse.dtype), 0)
+            assert self._adam is not None
+            self._adam.load_state_dict(state["adam"])
 
 
 def _batches(pieces: Iterator[Tensor], limit: int) -> Iterator[Tensor]:

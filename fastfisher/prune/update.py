@@ -20,7 +20,10 @@ from fastfisher.fisher.kfac import KFACInverse
 
 
 def updated(
-    weight: Tensor, mask: Tensor, finv: FisherInverse | FishLegInverse | KFACInverse | None, update: str | None
+    weight: Tensor,
+    mask: Tensor,
+    finv: FisherInverse | FishLegInverse | KFACInverse | None,
+    update: str | None,
 ) -> Tensor:
     """New weights [d] after removing ~mask; weight [d] is not changed."""
     if update is None or finv is None:
