@@ -516,7 +516,7 @@ class FishLegInverse:
             if parameterization == "diagonal" or ("kron" in parameterization and len(shape) < 2):
                 single.append(ranges[name])
             elif "kron" in parameterization:
-                form = KroneckerTiles.start_at(
+                tiles = KroneckerTiles.start_at(
                     name,
                     ranges[name],
                     shape,
@@ -527,7 +527,7 @@ class FishLegInverse:
                     groups=(conv_groups or {}).get(name, 1),
                     largest=tile if parameterization == "block-kron" else None,
                 )
-                forms.append(form)
+                forms.append(tiles)
         if parameterization in ("block", "full"):
             forms.append(BlockRoots.start(layout, layout.blocks, scale, live, dtype))
         elif single:
@@ -826,9 +826,8 @@ class FishLegInverse:
         forms: list[BlockRoots | KroneckerTiles] = []
         for form in state["forms"]:
             if "root" in form:
-                forms.append(
-                    BlockRoots(layout, *(form[key].clone() for key in ("root", "top", "blocks")), live)
-                )
+                root, top, blocks = (form[key].clone() for key in ("root", "top", "blocks"))
+                forms.append(BlockRoots(layout, root, top, blocks, live))
             else:
                 forms.append(KroneckerTiles.from_state_dict(form))
         made = cls(

@@ -147,24 +147,26 @@ class Surgeon:
     def _sampled(self, grads: Tensor, steps: int, product: Product | None = None) -> None:
         """Steps with u drawn, on one batch."""
         assert self.inverse is not None
+        adam = self._sampler(self.inverse)
+        grads = grads.to(self.inverse.dtype)
+        loss = 0.0
+        for _ in range(steps):
+            loss = adam.step(product or (lambda v: grads.T @ (grads @ v) / len(grads)), grads.mean(dim=0))
+        error = self.inverse.error(grads)
+        self.inverse.history.append({"steps": steps, "gradients": len(grads), "loss": loss, "error": error})
+
+    def _sampler(self, inverse: FishLegInverse) -> SampledSteps:
+        """The steps with u drawn, made when they are first used."""
         options = self.settings.options
         if self._adam is None:
             self._adam = SampledSteps(
-                self.inverse,
+                inverse,
                 u=options.u,
                 lr=options.aux_lr,
                 preconditioner=options.preconditioner,
                 seed=self.settings.seed,
             )
-        grads = grads.to(self.inverse.dtype)
-        loss = 0.0
-        for _ in range(steps):
-            loss = self._adam.step(
-                product or (lambda v: grads.T @ (grads @ v) / len(grads)), grads.mean(dim=0)
-            )
-        self.inverse.history.append(
-            {"steps": steps, "gradients": len(grads), "loss": loss, "error": self.inverse.error(grads)}
-        )
+        return self._adam
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs."""
@@ -180,9 +182,7 @@ class Surgeon:
         self.inverse = None if kept is None else FishLegInverse.from_state_dict(kept)
         self.moves, self._reader, self._adam = state["moves"], None, None
         if state["adam"] is not None and self.inverse is not None:
-            self._sampled(self.inverse.live[None].to(self.inverse.dtype), 0)
-            assert self._adam is not None
-            self._adam.load_state_dict(state["adam"])
+            self._sampler(self.inverse).load_state_dict(state["adam"])
 
 
 def _batches(pieces: Iterator[Tensor], limit: int) -> Iterator[Tensor]:
