@@ -45,8 +45,8 @@ FALLING = 1e-3
 RISING = 1.0
 SMALLEST_RATE = 1 / 64
 # Of the joint update's constraint w_Q = 0, relative to w_Q, and how long it is pursued.
-TOLERANCE = 1e-6
-MAX_ITERATIONS = 500
+TOLERANCE = 1e-4
+MAX_ITERATIONS = 1000
 
 
 class BlockRoots:
