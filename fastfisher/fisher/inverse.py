@@ -504,6 +504,13 @@ class FisherAccumulator:
         self._centered = centered
         self._sum: Tensor | None = None  # Σ g, float64 [d]
 
+    @property
+    def states(self) -> list[Tensor]:
+        """What has been gathered, per group of blocks: in the primal form F without damping, [g, B, B], of which the
+        lower triangle counts.
+        """
+        return self._states
+
     def add(self, grads: Tensor) -> None:
         """Take k gradients in.   grads: [k, d] of any float dtype, unit inner stride; the same dtype in every
         call.

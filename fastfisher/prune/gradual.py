@@ -28,13 +28,14 @@ from torch.utils.hooks import RemovableHandle
 
 from fastfisher import runlog
 from fastfisher.errors import FastFisherError
+from fastfisher.prune.learner import Learner, learner_of
 from fastfisher.prune.masks import HeldSparsity, unwrapped, unwrapped_optimizer
 from fastfisher.prune.patterns import Pattern
 from fastfisher.prune.plan import gradient_limit, layout_of
 from fastfisher.prune.pruner import prune, prune_once
 from fastfisher.prune.schedule import as_schedule, real
 from fastfisher.prune.settings import Settings, layer_limits
-from fastfisher.prune.surgeon import Surgeon, conv_groups
+from fastfisher.prune.surgeon import Surgeon
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.report import Report
 
@@ -101,7 +102,7 @@ class Pruner:
         gradient_limit(layout, self._settings, found, given["memory_limit"])
         self._held = HeldSparsity(self.model, strict=strict)
         self._held.hold(found.aliases)
-        self._surgeon: Surgeon | None = None  # with method="fishleg", from the first pruning on
+        self._learner: Learner | None = None  # what is kept from one pruning to the next
         self._steps = 0  # of the first optimizer attached
         self._stepped: RemovableHandle | None = None
         self._data: Iterable[Any] | None = None
@@ -157,16 +158,16 @@ class Pruner:
                 self._stepped.remove()
             self._stepped = unwrapped_optimizer(optimizers[0]).register_step_post_hook(self._after_step)
 
-    def _new_surgeon(self) -> Surgeon:
-        layout = layout_of(self._targets(), self._settings)
-        return Surgeon(layout, self._settings, conv_groups(self.model, layout.names))
+    def _new_learner(self) -> Learner | None:
+        return learner_of(self.model, layout_of(self._targets(), self._settings), self._settings)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An auxiliary step every so many steps of the optimizer, once there was a pruning."""
         self._steps += 1
         every = self._settings.options.update_aux_every
-        if self._surgeon is not None and self._data is not None and every and self._steps % every == 0:
-            self._surgeon.move(self.model, self._data, self._options["loss_fn"])
+        surgeon = self._learner
+        if isinstance(surgeon, Surgeon) and self._data is not None and every and self._steps % every == 0:
+            surgeon.move(self.model, self._data, self._options["loss_fn"])
 
     def apply_masks(self, model: nn.Module | None = None) -> None:
         """Set to zero what the masks remove, in this model or in another one with the same names, such as an EMA copy.
@@ -257,11 +258,9 @@ class Pruner:
             on_the_way=True,
             seed=self._settings.seed + len(self.reports),  # a loader that shuffles gives other samples
         )
-        surgeon = None
-        if settings.method == "fishleg":
-            surgeon = self._new_surgeon() if self._surgeon is None else self._surgeon.copy()
-        report = prune_once(self.model, data, settings, title=title, surgeon=surgeon, **self._options)
-        self._surgeon = surgeon
+        learner = self._new_learner() if self._learner is None else self._learner.copy()
+        report = prune_once(self.model, data, settings, title=title, learner=learner, **self._options)
+        self._learner = learner
         self._agree()
         held.hold(self._targets().aliases)
         mended = sum(held.mended.values())
@@ -319,7 +318,7 @@ class Pruner:
             "settings": self._fingerprint(),
             "reports": [report.to_dict() for report in self.reports],
             "steps": self._steps,
-            "surgeon": None if self._surgeon is None else self._surgeon.state_dict(),
+            "learner": None if self._learner is None else self._learner.state_dict(),
         }
 
     def _fingerprint(self) -> dict[str, str]:
@@ -354,7 +353,7 @@ class Pruner:
         reports = [Report.from_dict(report) for report in state["reports"]]
         self._held.set_masks({name: masks[name].bool() for name in self.masks}, self._held.aliases)
         self._unit, self._last, self.reports = state["unit"], state["last"], reports
-        self._steps, self._surgeon = state["steps"], None
-        if state["surgeon"] is not None:
-            self._surgeon = self._new_surgeon()
-            self._surgeon.load_state_dict(state["surgeon"])
+        self._steps, self._learner = state["steps"], None
+        if state["learner"] is not None and (learner := self._new_learner()) is not None:
+            learner.load_state_dict(state["learner"])
+            self._learner = learner

@@ -325,6 +325,7 @@ def plan(
     pattern: str = "unstructured",
     cost: str = "params",
     max_layer_sparsity: float | Mapping[str, float] = 1.0,
+    fisher_average: float = 0.0,
     fishleg: FishLeg | Mapping[str, Any] | None = None,
     seed: int = 0,
     memory_limit: int | str | None = None,

@@ -24,12 +24,12 @@ from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.gradients import GradientStream, LossFn, Objective, untouched
 from fastfisher.memory import peak_bytes
 from fastfisher.prune.flops import count_flops
+from fastfisher.prune.learner import Learner, learner_of
 from fastfisher.prune.plan import gradient_limit, layout_of, plan
 from fastfisher.prune.progress import Bar, Progress
 from fastfisher.prune.select import num_zeros
 from fastfisher.prune.settings import DATA_FREE, FishLeg, Settings, layer_limits
 from fastfisher.prune.steps import Clock, Outcome, Read, Run
-from fastfisher.prune.surgeon import Surgeon, conv_groups
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.prune.update import as_parameters, written
 from fastfisher.report import LayerRow, Report
@@ -179,6 +179,7 @@ def prune(
     pattern: str = "unstructured",
     cost: str = "params",
     max_layer_sparsity: float | Mapping[str, float] = 1.0,
+    fisher_average: float = 0.0,
     fishleg: FishLeg | Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress | bool | None = None,
@@ -217,6 +218,7 @@ def prune(
         batches of one sample, under torch.func.vmap.  The model it gets is the same object, in eval mode.
     eval_fn: eval_fn(model) -> number or dict of numbers, called for the dense model, for global magnitude at the same
         sparsity, and for the pruned model; always in eval mode.
+    fisher_average: β, the share of the estimates before in F ← β F + (1 − β) F_new, for "woodfisher".
     fishleg: options of method="fishleg", a mapping or `FishLeg`.
     seed: of torch's generators while this function runs; their state is restored.
     progress: None for a line with phase and remaining time on a terminal, True for one anywhere, False for none; or a
@@ -253,12 +255,12 @@ def prune_once(
     progress: Progress | bool | None = None,
     memory_limit: int | str | None = None,
     title: str = "prune",
-    surgeon: Surgeon | None = None,
+    learner: Learner | None = None,
 ) -> Report:
     """`prune` with settings that are checked already, among them such as its keywords cannot express.
 
     title: what stands before the progress.
-    surgeon: with method="fishleg", what earlier prunings have learned; it learns on.
+    learner: what earlier prunings have learned, with method="fishleg" or a fisher_average; it learns on.
     """
     found = find_targets(model, targets, ignore)
     found.take(model, settings.rule)
@@ -311,9 +313,8 @@ def prune_once(
             sample = reader.peek() if reader.once else _some_samples(data, objective)
             counted = None if sample is None else count_flops(objective, model, sample)
             costs = _costs(found, layout, counted[1] if counted else {})
-        if settings.method == "fishleg" and surgeon is None:
-            surgeon = Surgeon(layout, settings, conv_groups(model, layout.names))
-        run = Run(layout, settings, found.parameters, clock, bar, costs=costs, most=most, surgeon=surgeon)
+        learner = learner or learner_of(model, layout, settings)
+        run = Run(layout, settings, found.parameters, clock, bar, costs=costs, most=most, learner=learner)
         if reader is None or not needs_data:
             outcome = run.without_gradients(weight, ~dead)
         else:

@@ -135,6 +135,7 @@ class Settings:
     pattern: str = "unstructured"
     cost: str = "params"
     max_layer_sparsity: float | Mapping[str, float] = 1.0
+    fisher_average: float = 0.0
     fishleg: FishLeg | Mapping[str, Any] | None = None
     on_the_way: bool = False
 
@@ -190,6 +191,14 @@ class Settings:
             raise FastFisherError(
                 f"fisher_type='exact' sums over the outputs of single samples; got "
                 f"grad_batch_size={self.grad_batch_size!r}"
+            )
+        share = self.fisher_average
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1:
+            raise FastFisherError(f"fisher_average must be a share in [0, 1); got {share!r}")
+        if share and (self.method != "woodfisher" or self.block_size is None):
+            raise FastFisherError(
+                f"fisher_average goes with method='woodfisher' in blocks; got method={self.method!r} with "
+                f"block_size={self.block_size!r}"
             )
         if self.update == "greedy" and (self.block_size is None or not self.has_blocks):
             raise FastFisherError(

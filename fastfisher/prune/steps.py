@@ -22,10 +22,10 @@ from fastfisher.fisher.hessian import hessian_inverse, obd_inverse
 from fastfisher.fisher.inverse import FisherAccumulator, FisherInverse
 from fastfisher.fisher.kfac import KFACInverse, kfac_inverse
 from fastfisher.prune import saliency
+from fastfisher.prune.learner import Learner
 from fastfisher.prune.progress import Progress
 from fastfisher.prune.select import select
 from fastfisher.prune.settings import FROM_GRADIENTS, Settings
-from fastfisher.prune.surgeon import Surgeon
 from fastfisher.prune.update import as_parameters, updated
 from fastfisher.report import StepRow
 
@@ -106,7 +106,7 @@ class Run:
     """The steps of one call: gradients, inverse, mask and update, from the point that the step before has reached.
 
     costs: what each weight costs in floating-point operations [d]; saliencies are told per operation.
-    most: zeros that each tensor may have.   surgeon: with method="fishleg", the inverse that is learned.
+    most: zeros that each tensor may have.   learner: what is kept from one step to the next.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Run:
         *,
         costs: Tensor | None = None,
         most: Sequence[int] | None = None,
-        surgeon: Surgeon | None = None,
+        learner: Learner | None = None,
     ) -> None:
         self.layout = layout
         self.settings = settings
@@ -128,7 +128,7 @@ class Run:
         self.progress = progress
         self.costs = costs
         self.most = most
-        self.surgeon = surgeon
+        self.learner = learner
 
     def select(self, scores: Tensor, mask: Tensor, sparsity: float) -> Tensor:
         """The next mask from the saliency of every weight, [d] of the whole network."""
@@ -173,8 +173,8 @@ class Run:
             if i:
                 with self.clock("update"):
                     objective.weights = as_parameters(found.new, found.mask, self.layout, self.parameters)
-            # K-FAC's Fisher of some weights of a layer is no Kronecker product, and a learned inverse keeps its blocks
-            all_live = self.settings.method in ("kfac", "fishleg") or bool(found.mask.all())
+            # K-FAC's Fisher of some weights of a layer is no Kronecker product, and what is kept keeps its blocks
+            all_live = self.settings.method == "kfac" or self.learner is not None or bool(found.mask.all())
             layout = self.layout if all_live else LiveLayout(self.layout, found.mask)
             stream: GradientStream | Read
             if self.settings.method in FROM_GRADIENTS:
@@ -214,8 +214,8 @@ class Run:
                 finv = self._rival(stream)
             stream.groups.clear()
             advance(stream.num_finite)
-        elif self.surgeon is not None:
-            finv = self._learned(self.surgeon, stream, found.mask, advance)
+        elif self.learner is not None:
+            finv = self._learned(self.learner, stream, found.mask, advance)
         else:
             finv = self._estimate(stream, advance)
         weight = layout.gather(found.new)
@@ -229,9 +229,9 @@ class Run:
         with self.clock("update"):
             new = layout.scatter(updated(weight, layout.gather(mask), finv, settings.applied_update))
         found.new, found.mask, found.form, found.damping = new, mask, finv.form, float(finv.damping)
-        if self.surgeon is not None:
+        if self.learner is not None:
             with self.clock("inverse"):
-                self.surgeon.remove(mask)
+                self.learner.remove(mask)
         found.streams.append(stream)
         found.steps.append(
             StepRow(
@@ -263,16 +263,18 @@ class Run:
             return accumulator.finish()
 
     def _learned(
-        self, surgeon: Surgeon, stream: GradientStream, live: Tensor, advance: Callable[[int], None]
+        self, learner: Learner, stream: GradientStream, live: Tensor, advance: Callable[[int], None]
     ) -> FisherInverse | FishLegInverse:
-        """The learned inverse after these gradients, its blocks written out where it has any."""
+        """What is kept, after these gradients; FishLeg's blocks are written out."""
 
         def pieces() -> Iterator[Tensor]:
             for piece in _timed(iter(stream), self.clock):
                 # rows of one sample add up
-                yield piece * stream.rows_per_grad**0.5 if stream.rows_per_grad > 1 else piece
+                yield piece * each**0.5 if fishleg and each > 1 else piece
                 advance(stream.num_finite)
 
+        each, fishleg = stream.rows_per_grad, self.settings.method == "fishleg"
+        rows = self.settings.num_grads * each
         product = None
         if self.settings.options.product == "antithetic":
             turns = itertools.cycle(range(KEPT_GRADS))
@@ -283,10 +285,14 @@ class Run:
                 return stream.layout.flatten(stream.objective.antithetic_product(direction, samples))
 
         started, before = time.perf_counter(), self.clock.seconds.get("gradients", 0.0)
-        learned = surgeon.learn(pieces(), live, product=product)
+        learned = learner.learn(pieces(), live, num_rows=rows, product=product)
         seconds = time.perf_counter() - started - (self.clock.seconds["gradients"] - before)
         self.clock.seconds["inverse"] = self.clock.seconds.get("inverse", 0.0) + seconds
-        return learned.blockwise() if self.settings.has_blocks else learned
+        return (
+            learned.blockwise()
+            if isinstance(learned, FishLegInverse) and self.settings.has_blocks
+            else learned
+        )
 
     def _rival(self, read: Read) -> FisherInverse | KFACInverse:
         """The inverses of the papers' rivals."""

@@ -57,6 +57,7 @@ class Surgeon:
         pieces: Iterator[Tensor],
         live: Tensor,
         *,
+        num_rows: int | None = None,
         product: Product | None = None,
         limit: int = BATCH_BYTES,
     ) -> FishLegInverse:
