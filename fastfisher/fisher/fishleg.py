@@ -288,7 +288,7 @@ class KroneckerTiles:
         moment.diagonal(dim1=1, dim2=2).add_(damping * (scale @ spread).squeeze(2))
         return moment
 
-    def _solve(self, moment: Tensor) -> Tensor:
+    def _solve(self, moment: Tensor, damping: float) -> Tensor:
         """R with R Rᵀ = moment⁻¹; rows without a weight count as 1."""
         moment = moment.double()
         diagonal = moment.diagonal(dim1=1, dim2=2)
@@ -296,7 +296,8 @@ class KroneckerTiles:
         L, info = torch.linalg.cholesky_ex(moment)
         if bool((info > 0).any()):
             raise FisherError(
-                f"the Kronecker factors of {self.name!r} are not positive definite; use a larger damping"
+                f"the Kronecker factors of {self.name!r} are not positive definite at damping={damping:g}; use a larger "
+                f"damping"
             )
         identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device).expand_as(L)
         return torch.linalg.solve_triangular(L, identity, upper=False).mT
@@ -309,11 +310,11 @@ class KroneckerTiles:
         x = self.scale * g
         T, _ = _unit(self.factors[0])
         right = torch.lerp(self.moments[1], self._moment(x, T, damping, left=False), rate)
-        root = self._solve(right)
+        root = self._solve(right, damping)
         S, mean = _unit(root @ root.mT)
         self.right = (root / mean.sqrt()).to(g.dtype)
         left = torch.lerp(self.moments[0], self._moment(x, S.to(g.dtype), damping, left=True), rate)
-        self.left = (self._solve(left) * math.sqrt(S.shape[1])).to(g.dtype)  # tr S is its side
+        self.left = (self._solve(left, damping) * math.sqrt(S.shape[1])).to(g.dtype)  # tr S is its side
         self._next = second, (left, right)
 
     def keep(self) -> None:
