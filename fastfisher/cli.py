@@ -470,10 +470,11 @@ def evaluate(
             for samples in reader.groups(256):
                 loss += float(objective.losses(objective.weights, samples)) * len(samples)
                 batch = samples.batch()
-                if isinstance(batch, tuple) and batch[-1].dim() == 1 and not batch[-1].is_floating_point():
+                label = batch[-1] if isinstance(batch, tuple) and batch[-1].dim() == 1 else None
+                if label is not None and not (label.is_floating_point() or label.dtype == torch.bool):
                     output = model(*batch[:-1])
                     if isinstance(output, torch.Tensor) and output.dim() == 2:
-                        correct += int((output.argmax(1) == batch[-1]).sum())
+                        correct += int((output.argmax(1) == label).sum())
                         judged += len(samples)
             if not reader.seen:
                 raise FastFisherError("the data holds no samples")

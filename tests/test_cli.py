@@ -130,6 +130,17 @@ def test_weights_are_any_safetensors_file_but_a_changed_one(
     )
 
 
+def test_accuracy_is_that_of_classes_alone() -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(6, 1), torch.randn(8, 6)
+    output = model(x).detach()[:, 0]
+    found = cli.evaluate(model, [(x, output > 0)])
+    expected = torch.nn.functional.softplus(-output.abs()).mean()
+    assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert "accuracy" not in found
+    assert cli.evaluate(model, [(x, torch.zeros(8, dtype=torch.long))])["accuracy"] == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -365,6 +365,7 @@ def draw_labels(objective: Objective, samples: Samples, generator: torch.Generat
         objective.loss_fn is not None
         or not isinstance(index, int)
         or samples.leaves[index].is_floating_point()
+        or samples.leaves[index].dtype == torch.bool
     ):
         raise FastFisherError(
             "fisher_type='mc' draws labels for batches (input, integer label) whose loss is the inferred cross "

@@ -188,7 +188,8 @@ def prune(
     """Set round(sparsity · d) of the d target weights to zero where the loss suffers least, and correct the others.
 
     data: iterable of batches (input, label) or dicts, read only as far as needed: num_grads · grad_batch_size samples
-        for every estimate, in the loader's order.  It may be None for methods that take no gradient.
+        for every estimate, in the loader's order.  Labels tell the loss: integers cross entropy, floats squared error,
+        bools binary cross entropy with logits.  It may be None for methods that take no gradient.
     sparsity: the fraction of zeros; it may be left out where the pattern fixes it.
     method: "woodfisher" (blocks of the inverse Fisher), "woodtaylor" (the same with the gradient of the loss, which
         repairs what the steps before have done too), "diagonal" (blocks of one); "kfac" (Kronecker factors), "hessian"

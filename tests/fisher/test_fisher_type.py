@@ -59,6 +59,8 @@ def fishers(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
             return functional_call(model, w, (x,))
 
         def loss(o: Tensor, y: Tensor = y) -> Tensor:
+            if y.dtype == torch.bool:
+                return F.binary_cross_entropy_with_logits(o, y.to(o.dtype))
             return F.mse_loss(o, y) if y.is_floating_point() else F.cross_entropy(o, y)
 
         with untouched(model, 0):
@@ -100,16 +102,28 @@ def problem(kind: str, count: int = 5) -> tuple[nn.Module, Tensor, Tensor]:
         return linear(3), x, torch.randint(3, (count,))
     if kind == "gaussian":
         return linear(2), x, torch.randn(count, 2, dtype=DOUBLE)
+    if kind == "bernoulli":
+        return linear(2), x, torch.rand(count, 2) < 0.5
     if kind == "conv":
         return classifier(dtype=DOUBLE), *images(count, dtype=DOUBLE)
     pixels = torch.randn(count, 2, 5, 5, dtype=DOUBLE)
     if kind == "positions":
         return positions(), pixels, mixed(count)
+    if kind == "bernoulli positions":
+        return positions(), pixels, torch.rand(count, 3, 2, 2) < 0.5
     assert kind == "gaussian positions"
     return positions(), pixels, torch.randn(count, 3, 2, 2, dtype=DOUBLE)
 
 
-KINDS = ("softmax", "gaussian", "conv", "positions", "gaussian positions")
+KINDS = (
+    "softmax",
+    "gaussian",
+    "bernoulli",
+    "conv",
+    "positions",
+    "gaussian positions",
+    "bernoulli positions",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +133,7 @@ def test_exact_is_the_hessian_in_the_outputs_between_the_jacobians(kind: str) ->
     rows, stream = rows_of(model, batches(x, y, 2), 5, "exact")
     assert stream.objective.why_loop is None
     each = stream.rows_per_grad
-    assert each == {"softmax": 3, "gaussian": 2, "conv": 3}.get(kind, 12)
+    assert each == {"softmax": 3, "gaussian": 2, "bernoulli": 2, "conv": 3}.get(kind, 12)
     per_sample = rows.reshape(5, each, -1)
     assert closeness(per_sample.mT @ per_sample, expected) < 1e-10
     norms = expected.diagonal(dim1=1, dim2=2).sum(1)
@@ -185,7 +199,7 @@ def test_draws_have_the_mean_of_the_exact_fisher(kind: str, size: int) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["softmax", "gaussian", "positions"])
+@pytest.mark.parametrize("kind", ["softmax", "gaussian", "bernoulli", "positions"])
 def test_draws_follow_the_seed_and_nothing_else(kind: str) -> None:
     model, x, y = problem(kind, 9)
     first, stream = rows_of(model, [(x, y)], 9, "mc", seed=3)
@@ -207,7 +221,7 @@ def test_draws_follow_the_seed_and_nothing_else(kind: str) -> None:
 
 @pytest.mark.parametrize("fisher_type", ["mc", "exact"])
 def test_labels_tell_the_likelihood_and_no_more(fisher_type: str) -> None:
-    for kind in ("softmax", "gaussian"):
+    for kind in ("softmax", "gaussian", "bernoulli"):
         model, x, y = problem(kind)
         first, before = rows_of(model, [(x, y)], 5, fisher_type)
         second, after = rows_of(model, [(x, y.flip(0))], 5, fisher_type)

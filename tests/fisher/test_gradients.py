@@ -452,8 +452,12 @@ def test_known_samples() -> None:
         ([(torch.zeros(3, 4), torch.tensor(1))], "got a tensor without dimensions"),
         ([{}], "batch 0 of the loader holds no tensor"),
         (
+            [(torch.zeros(3, 4), torch.zeros(3, dtype=torch.cfloat))],
+            "no loss can be inferred for torch.complex64 labels",
+        ),
+        (
             [(torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool))],
-            "no loss can be inferred for torch.bool labels",
+            r"bool labels must .* \(1, 2\); got \(1,\); labels of classes are integers",
         ),
         ([(torch.zeros(3, 4), torch.zeros(3, 9))], "float labels must have the shape of the output"),
         ([(torch.zeros(3, 4), torch.zeros(3, 2, dtype=torch.long))], "integer labels of shape .* do not fit"),

@@ -364,6 +364,8 @@ def test_bad_input_is_one_sentence() -> None:
         inverse_of(model, ["0.weight"], *data, fisher_type="exact")
     with pytest.raises(FastFisherError, match="mc"):
         inverse_of(model, ["0.weight"], data[0], data[1].double(), fisher_type="mc")
+    with pytest.raises(FastFisherError, match="mc"):
+        inverse_of(model, ["0.weight"], data[0], torch.ones(5, 3, dtype=torch.bool), fisher_type="mc")
     with pytest.raises(FastFisherError, match="at least one sample"):
         inverse_of(model, ["0.weight"], data[0][:0], data[1][:0])
     objective = Objective(model, ["0.weight"])
