@@ -296,8 +296,8 @@ class KroneckerTiles:
         L, info = torch.linalg.cholesky_ex(moment)
         if bool((info > 0).any()):
             raise FisherError(
-                f"the Kronecker factors of {self.name!r} are not positive definite at damping={damping:g}; use a larger "
-                f"damping"
+                f"the Kronecker factors of {self.name!r} are not positive definite at damping={damping:g}; use a "
+                f"larger damping"
             )
         identity = torch.eye(L.shape[1], dtype=L.dtype, device=L.device).expand_as(L)
         return torch.linalg.solve_triangular(L, identity, upper=False).mT
