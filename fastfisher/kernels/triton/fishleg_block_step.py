@@ -1,7 +1,8 @@
 """One auxiliary step of FishLeg: R ← R − η (R M − R), M = ZᵀZ/m + γ RᵀR, Z = G R.
 
-Blocks up to 64, in float64 up to 32, are one program each, with M and R or R M in its registers.  Larger ones go through
-memory in tiles, a group of blocks at a time: Z, M, the power iterations, R M with its part of the loss, and the new R.
+Blocks up to 64, in float64 up to 32, are one program each, with M and R or R M in its registers.  Larger ones go
+through memory in tiles, a group of blocks at a time: Z, M, the power iterations, R M with its part of the loss, and the
+new R.
 Floor: gradients read once, R read and written once; 3 n² (k + n) / 2 multiply-adds, of which a Gram product in whole
 tiles takes n² (k + n) / 2 more.
 """
@@ -337,7 +338,7 @@ def fishleg_block_step(
     """The op fishleg_block_step_."""
     K, B = root.shape[:2]
     args = (num_grads, damping, rate, loss, largest)
-    if B > ON_CHIP[root.itemsize]:
+    if ON_CHIP[root.itemsize] < B:
         return _in_memory(root, top, grads, blocks, *args)
     options = {**tuning.parameters("fishleg_block_step", B, root), "B": B, "BP": power_of_two(B, 16)}
     options |= {"STEPS": POWER_STEPS}
