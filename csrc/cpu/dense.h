@@ -82,9 +82,11 @@ FF_INLINE void vector_tile(int64_t K, const T* a, const T* B, int64_t ldb, T* c)
 // c [columns] <- a B, or with SIGN = -1 c -= a B, for one row a [K]; columns is rounded up to a vector.
 template <class T, int SIGN>
 inline void vector_times(int64_t K, const T* a, const T* B, int64_t ldb, T* c, int64_t columns) {
-    int64_t j = 0;
-    for (; j + 4 * W<T> <= columns; j += 4 * W<T>) vector_tile<T, 4, SIGN>(K, a, B + j, ldb, c + j);
-    for (; j < columns; j += W<T>) vector_tile<T, 1, SIGN>(K, a, B + j, ldb, c + j);
+    int64_t left = ceil_div(columns, W<T>);
+    for (; left >= 4; left -= 4, B += 4 * W<T>, c += 4 * W<T>) vector_tile<T, 4, SIGN>(K, a, B, ldb, c);
+    if (left == 1) vector_tile<T, 1, SIGN>(K, a, B, ldb, c);
+    if (left == 2) vector_tile<T, 2, SIGN>(K, a, B, ldb, c);
+    if (left == 3) vector_tile<T, 3, SIGN>(K, a, B, ldb, c);
 }
 
 // Lower triangle of C[n, n] += SIGN * P^T P, or <- with SIGN = 0, on scratch matrices; some entries above the diagonal
