@@ -442,6 +442,13 @@ def _block_matvec(data: Inputs) -> Makers:
     return {"ours": ours, "strong": strong}
 
 
+def _one_by_one(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A rival run on a block at a time."""
+    return lambda *args: torch.cat(
+        [function(*block) for block in zip(*(x.split(1) for x in args), strict=True)]
+    )
+
+
 def _fisher_vector_product(data: Inputs) -> Makers:
     piece, m = data.dual_piece, data.num_grads
 
@@ -453,23 +460,23 @@ def _fisher_vector_product(data: Inputs) -> Makers:
             lambda b, *rest: {"product": out[data.range(b), 0]},
         )
 
-    def strong() -> Contender:
+    def product(grads: Tensor, x: Tensor) -> Tensor:
+        return rivals.fisher_vector_product(grads, m, x)
+
+    def rival(run: Callable[..., Tensor]) -> Contender:
         x_parts = piece.row_parts(data.x[:, 0])
         return Contender(
-            lambda: (piece.parts, m, x_parts),
-            _each(rivals.fisher_vector_product),
+            lambda: (piece.parts, x_parts),
+            _each(run),
             lambda b, got, *rest: {"product": _rival_rows(data, piece, got, b)},
             piece,
         )
 
-    return {"ours": ours, "strong": strong}
-
-
-def _one_by_one(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A rival run on a block at a time."""
-    return lambda *args: torch.cat(
-        [function(*block) for block in zip(*(x.split(1) for x in args), strict=True)]
-    )
+    return {
+        "ours": ours,
+        "loop": lambda: rival(_one_by_one(product)),
+        "strong": lambda: rival(product),
+    }
 
 
 def _factor_diagonal(data: Inputs) -> Makers:
@@ -732,7 +739,13 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sherman_morrison_": ("ours", "loop", "strong primal"),
     "fishleg_block_step_": ("ours", "loop", "strong", "strong in cache"),
     **dict.fromkeys(
-        ("factor_diagonal", "block_factor_matvec", "factor_downdate_", "kron_matvec"),
+        (
+            "fisher_vector_product",
+            "factor_diagonal",
+            "block_factor_matvec",
+            "factor_downdate_",
+            "kron_matvec",
+        ),
         ("ours", "loop", "strong"),
     ),
 }

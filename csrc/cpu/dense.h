@@ -63,6 +63,32 @@ inline void product(int64_t K, const T* A, int64_t lda, int64_t M, const T* B, i
     for (int64_t i = 0; i < M; i += MR) tile_row<T, SIGN>(K, A + i, lda, B, ldb, C + i * ldc, ldc, N);
 }
 
+template <class T, int VECTORS, int SIGN>
+FF_INLINE void vector_tile(int64_t K, const T* a, const T* B, int64_t ldb, T* c) {
+    Vec<T> acc[VECTORS] = {};
+    for (int64_t k = 0; k < K; ++k)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) acc[v] += a[k] * vec(B + k * ldb + v * W<T>);
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+        if (SIGN == 0) {
+            vec(c + v * W<T>) = acc[v];
+        } else {
+            vec(c + v * W<T>) -= acc[v];
+        }
+    }
+}
+
+// c [columns] <- a B, or with SIGN = -1 c -= a B, for one row a [K]; columns is rounded up to a vector.
+template <class T, int SIGN>
+inline void vector_times(int64_t K, const T* a, const T* B, int64_t ldb, T* c, int64_t columns) {
+    int64_t left = ceil_div(columns, W<T>);
+    for (; left >= 4; left -= 4, B += 4 * W<T>, c += 4 * W<T>) vector_tile<T, 4, SIGN>(K, a, B, ldb, c);
+    if (left == 1) vector_tile<T, 1, SIGN>(K, a, B, ldb, c);
+    if (left == 2) vector_tile<T, 2, SIGN>(K, a, B, ldb, c);
+    if (left == 3) vector_tile<T, 3, SIGN>(K, a, B, ldb, c);
+}
+
 // Lower triangle of C[n, n] += SIGN * P^T P, or <- with SIGN = 0, on scratch matrices; some entries above the diagonal
 // are written too.
 template <class T, int SIGN>

@@ -61,24 +61,25 @@ struct DowndateScratch {
     Scratch<int64_t> kept, removed;
 };
 
-// V [p, n] <- an orthonormal basis of the removed rows, by Gram-Schmidt done twice; returns p.
+// V [p, n] and its transpose <- an orthonormal basis of the removed rows, by Gram-Schmidt done twice; returns p.
 template <class T>
 inline int64_t removed_basis(DowndateScratch& s, const T* root, int64_t B, int64_t n, int64_t num_removed) {
     const int64_t np = padded<double>(n), ld = s.ld;
     int64_t p = 0;
     for (int64_t a = 0; a < num_removed; ++a) {
         const T* from = root + s.removed[a] * B;
-        double* v = s.V + p * ld;
+        double *v = s.V + p * ld, *c = s.C;
         for (int64_t j = 0; j < n; ++j) v[j] = static_cast<double>(from[j]);
         fill_zero(v + n, np - n);
         const double before = std::sqrt(dot<double>(v, v, n));
-        for (int twice = 0; twice < 2; ++twice)
-            for (int64_t e = 0; e < p; ++e)
-                subtract_scaled(dot<double, double>(s.V + e * ld, v, n), static_cast<const double*>(s.V + e * ld), v,
-                                np);
+        for (int twice = 0; twice < 2; ++twice) {
+            vector_times<double, 0>(n, v, s.Vt, ld, c, p);
+            vector_times<double, -1>(p, c, s.V, ld, v, n);
+        }
         const double left = std::sqrt(dot<double>(v, v, n));
         if (!(left > DEPENDENT<T> * before)) continue;
         scale(1 / left, v, np);
+        for (int64_t j = 0; j < n; ++j) s.Vt[j * ld + p] = v[j];
         ++p;
     }
     return p;
@@ -93,8 +94,6 @@ inline void downdate_block(DowndateScratch& s, T* root, int64_t B, const uint8_t
     const int64_t p = removed_basis<T>(s, root, B, n, num_removed);
     for (int64_t a = 0; a < num_removed; ++a) fill_zero(root + s.removed[a] * B, n);
     if (p == 0) return;
-    for (int64_t e = 0; e < p; ++e)
-        for (int64_t j = 0; j < n; ++j) s.Vt[j * ld + e] = s.V[e * ld + j];
     for (int64_t i0 = 0; i0 < num_kept; i0 += MR) {
         const int64_t rows = min(MR, num_kept - i0);
         double *R = s.R, *C = s.C;

@@ -35,16 +35,6 @@ struct StepScratch {
     Scratch<T> P, G, M, RM, v, w;
 };
 
-template <class T, int VECTORS>
-FF_INLINE void row_times(int64_t n, const T* v, const T* M, int64_t ld, T* w) {
-    Vec<T> acc[VECTORS] = {};
-    for (int64_t i = 0; i < n; ++i)
-#pragma GCC unroll 4
-        for (int c = 0; c < VECTORS; ++c) acc[c] += v[i] * vec(M + i * ld + c * W<T>);
-#pragma GCC unroll 4
-    for (int c = 0; c < VECTORS; ++c) vec(w + c * W<T>) = acc[c];
-}
-
 // v [n] <- x / |x|, and |x|; v stays where that is no positive finite number.
 template <class T>
 FF_INLINE double normalised(const T* x, int64_t n, T* v) {
@@ -62,9 +52,7 @@ inline double power_iteration(int64_t n, const T* M, int64_t ld, const T* start,
         for (int64_t i = 0; i < n; ++i) v[i] = static_cast<T>(1 / std::sqrt(static_cast<double>(n)));
     double norm = 0;
     for (int step = 0; step < POWER_STEPS; ++step) {
-        int64_t j = 0;
-        for (; j + 4 * W<T> <= padded<T>(n); j += 4 * W<T>) row_times<T, 4>(n, v, M + j, ld, w + j);
-        for (; j < n; j += W<T>) row_times<T, 1>(n, v, M + j, ld, w + j);
+        vector_times<T, 0>(n, v, M, ld, w, n);
         norm = normalised<T>(w, n, v);
     }
     return norm;

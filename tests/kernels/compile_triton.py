@@ -125,6 +125,17 @@ def problems() -> Iterator[tuple[str, str, tuple]]:
                 (weight, F, None, blocks, k, 0.1, mask, torch.zeros(3, dtype=torch.bool)),
             )
             yield "inverse_diagonal", case, (F, None, blocks, 0.0, weight)
+            top = torch.zeros(3, B, dtype=state)
+            yield "fishleg_block_step_", case, (F, top, grads, blocks, k, 0.1, 1.0, *estimates(3))
+            if B in (8, 50, 200):
+                halves = grads.to(half)
+                args = (F, top, halves, blocks, k, 0.1, 1.0, *estimates(3))
+                yield "fishleg_block_step_", f"{case}, {half} gradients", args
+                yield "factor_diagonal", case, (F, blocks, weight)
+                yield "block_factor_matvec", case, (F, blocks, weight[:, None], weight[:, None].clone())
+                yield "factor_downdate_", case, (F, blocks, mask)
+                x = torch.zeros(2, 3, B, B, dtype=state)
+                yield "kron_matvec", case, (F, F, x[0], x, x.clone())
         weight = torch.zeros(3000, dtype=state)
         yield "obs_saliency", name, (weight, weight.clone(), weight.clone())
         mask = torch.zeros(3000, dtype=torch.bool)

@@ -458,7 +458,7 @@ def triples(cases: list[Case] = CASES, row: str = "") -> list[object]:
                 rules = one.variant.endswith((":4", "sets of 3", "sets of 4"))
                 if rules and case.name in SLOW:
                     continue  # the reference takes seconds for them
-                slow = slow or (one.op == "obs_eliminate" and case.name not in QUICK)
+                slow = slow or (one.op in ("obs_eliminate", "factor_downdate_") and case.name not in QUICK)
                 if slow and backend == "triton" and DEVICE.type == "cpu":
                     continue
                 found.append(pytest.param(case, one, backend, id=f"{case}-{one}-{backend}"))
