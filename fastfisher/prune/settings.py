@@ -200,6 +200,10 @@ class Settings:
                 f"fisher_average goes with method='woodfisher' in blocks; got method={self.method!r} with "
                 f"block_size={self.block_size!r}"
             )
+        if self.options.product == "antithetic" and self.fisher_type == "exact":
+            raise FastFisherError(
+                "fishleg: product='antithetic' needs labels, of which fisher_type='exact' has none; use 'mc'"
+            )
         if self.update == "greedy" and (self.block_size is None or not self.has_blocks):
             raise FastFisherError(
                 f"update='greedy' goes through blocks of an inverse; got method={self.method!r} with "

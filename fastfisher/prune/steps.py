@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from fastfisher.prune.learner import Learner
 from fastfisher.prune.progress import Progress
 from fastfisher.prune.select import select
 from fastfisher.prune.settings import FROM_GRADIENTS, Settings
+from fastfisher.prune.surgeon import product_of
 from fastfisher.prune.update import as_parameters, updated
 from fastfisher.report import StepRow
 
@@ -275,15 +275,7 @@ class Run:
 
         each, fishleg = stream.rows_per_grad, self.settings.method == "fishleg"
         rows = self.settings.num_grads * each
-        product = None
-        if self.settings.options.product == "antithetic":
-            turns = itertools.cycle(range(KEPT_GRADS))
-
-            def product(v: Tensor) -> Tensor:
-                samples = stream.kept[next(turns) % len(stream.kept)]
-                direction = stream.layout.unflatten(v)
-                return stream.layout.flatten(stream.objective.antithetic_product(direction, samples))
-
+        product = product_of(stream.layout, stream.objective, stream.kept, self.settings)
         started, before = time.perf_counter(), self.clock.seconds.get("gradients", 0.0)
         learned = learner.learn(pieces(), live, num_rows=rows, product=product)
         seconds = time.perf_counter() - started - (self.clock.seconds["gradients"] - before)

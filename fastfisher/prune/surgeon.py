@@ -8,7 +8,8 @@ Source: FishLeg Surgeon (McGowan et al., 2024).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.auxiliary import Product, SampledSteps
-from fastfisher.fisher.batches import SampleReader
+from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.fishleg import FishLegInverse
 from fastfisher.fisher.gradients import LossFn, Objective, untouched
@@ -135,15 +136,16 @@ class Surgeon:
                 group = samples if each == 1 else samples.narrow(first, first + each)
                 grads, losses = objective.gradients(group)
                 flat = self.layout.flatten({name: grads[name] for name in names})
+                # of fisher_type "exact" a sample has several, which add up
                 rows.append(flat * (len(flat) / len(losses)) ** 0.5)
-        batch = torch.cat(rows)
-        finite = torch.isfinite(batch).all(dim=1)
-        if not bool(finite.any()):
-            return
-        if self.settings.options.aux == "exact":
-            inverse.aux_step(batch[finite])
-        else:
-            self._sampled(batch[finite], 1)
+            batch = torch.cat(rows)
+            batch = batch[torch.isfinite(batch).all(dim=1)]
+            if not len(batch):
+                return
+            if settings.options.aux == "exact":
+                inverse.aux_step(batch)
+            else:
+                self._sampled(batch, 1, product_of(self.layout, objective, [samples], settings))
 
     def _sampled(self, grads: Tensor, steps: int, product: Product | None = None) -> None:
         """Steps with u drawn, on one batch."""
@@ -199,6 +201,21 @@ def _batches(pieces: Iterator[Tensor], limit: int) -> Iterator[Tensor]:
         size += nbytes
     if held:
         yield torch.cat(held)
+
+
+def product_of(
+    layout: BlockLayout, objective: Objective, groups: Sequence[Samples], settings: Settings
+) -> Product | None:
+    """v [d] -> F v by differences of gradients, on these groups of samples in turn; None where rows serve."""
+    if settings.options.product != "antithetic":
+        return None
+    turns = itertools.count()
+
+    def product(v: Tensor) -> Tensor:
+        group = groups[next(turns) % len(groups)]
+        return layout.flatten(objective.antithetic_product(layout.unflatten(v), group))
+
+    return product
 
 
 def conv_groups(model: nn.Module, names: tuple[str, ...]) -> dict[str, int]:
