@@ -65,8 +65,8 @@ NETWORKS = {
     "resnet20": Network(
         "ResNet-20 on CIFAR-10",
         5_000,
-        3,
-        {"WoodFisher": 0.05, "magnitude": 0.05, "DPF": 0.005},
+        5,
+        {"WoodFisher": 0.1, "magnitude": 0.05, "DPF": 0.005},
         128,
         250,
         flips=True,
@@ -199,7 +199,7 @@ def find_rates(options: argparse.Namespace) -> None:
     """Print what every rate of the grid comes to at the highest sparsity, on one seed that the results do not use."""
     sparsity, seed = max(options.sparsities), options.seeds
     for method in METHODS:
-        for rate in RATES:
+        for rate in options.find_rates or RATES:
             curves = Curves()
             run(options, curves, seed, method, sparsity, rate=rate, held_out=True)
             end = curves.mean(f"{method}, {sparsity:.0%}", float(options.epochs))
@@ -225,12 +225,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--epochs", type=int, help="of training, pruning included")
     parser.add_argument("--full", action="store_true", help="all images, more epochs; writes <name>_full")
-    parser.add_argument("--find-rates", action="store_true", help="try the rates of learning, write nothing")
+    parser.add_argument("--find-rates", type=float, nargs="*", help="try rates of learning; writes nothing")
     options = experiment.read(parser, arguments)
     network = NETWORKS[options.network]
     samples, epochs = FULL[options.network] if options.full else (network.samples, network.epochs)
     experiment.fill(options, f"gradual {options.network}", samples=samples, epochs=epochs)
-    if options.find_rates:
+    if options.find_rates is not None:
         return find_rates(options)
     curves = experiment.start(options, AXES)
     if not options.render:
