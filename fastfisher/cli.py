@@ -67,7 +67,7 @@ Config = Annotated[Path | None, typer.Option(help="YAML file with the keys of th
 Sparsity = Annotated[float | None, typer.Option(help="Fraction of the weights to set to zero, such as 0.9.")]
 Method = Annotated[
     str | None,
-    typer.Option(help="woodfisher, woodtaylor, diagonal, obd, kfac, hessian, magnitude or random."),
+    typer.Option(help="woodfisher, woodtaylor, fishleg, diagonal, obd, kfac, hessian, magnitude or random."),
 ]
 Scope = Annotated[str | None, typer.Option(help="global or layer.")]
 BlockSize = Annotated[str | None, typer.Option(help="Weights in a Fisher block, or 'all' for one block.")]

@@ -216,9 +216,7 @@ class KroneckerTiles:
     ) -> KroneckerTiles:
         """Q = scale I.   largest: side of a tile, None for whole layers.   groups: of a convolution."""
         rows, columns = shape[0], math.prod(shape[1:])
-        a, b = (
-            -(-n // -(-n // min(n, largest or n))) for n in (rows // groups, columns)
-        )  # sides as even as they get
+        a, b = (tile_side(n, largest) for n in (rows // groups, columns))
         if groups > 1 and (rows // groups) % a:
             a = next(n for n in range(a, 0, -1) if (rows // groups) % n == 0)  # no tile may cross a group
         count = -(-rows // a) * -(-columns // b)
@@ -425,6 +423,11 @@ class KroneckerTiles:
             (by_right + by_right.mT) @ self.right,
             by_scale * self.inside,
         ]
+
+
+def tile_side(length: int, largest: int | None) -> int:
+    """The side of tiles that cut a length as evenly as they get, into as few as `largest` allows."""
+    return -(-length // -(-length // min(length, largest or length)))
 
 
 def _unit(factors: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from fastfisher.errors import DoesNotFitError, FastFisherError
 from fastfisher.fisher.batches import SampleReader
 from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.fishleg import tile_side
 from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, chunks, untouched
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
 from fastfisher.memory import format_bytes, free_bytes, parse_bytes
 from fastfisher.prune.select import keep_mask
 from fastfisher.prune.settings import DATA_FREE, FROM_GRADIENTS, FishLeg, Settings
+from fastfisher.prune.surgeon import BATCH_BYTES
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.report import align
 
@@ -200,6 +202,8 @@ def byte_plan(
         sides = [(len(p), p.numel() // len(p)) for p in targets.parameters.values()]
         # both factors, their eigenvectors, and scratch for making those
         sizes = replace(sizes, factors=sum(3 * 8 * (out**2 + inputs**2) for out, inputs in sides))
+    if settings.method == "fishleg":
+        sizes = replace(sizes, factors=_fishleg_bytes(layout, settings, sizes.itemsize))
     free = free_bytes(targets.device) if memory_limit is None else parse_bytes(memory_limit)
     limit = GRADIENT_BYTES
     if free is not None and settings.method not in DATA_FREE:
@@ -232,6 +236,25 @@ def gradient_limit(
     if not found.fits:
         raise DoesNotFitError(found.refusal)
     return limit
+
+
+def _fishleg_bytes(layout: BlockLayout, settings: Settings, itemsize: int) -> int:
+    """What FishLeg's inverse takes: its state, twice while a step may be taken back, and the gradients of a fit."""
+    options = settings.options
+    numbers = 0
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        start, stop = layout.parameter_ranges[name]
+        if "kron" in options.parameterization and len(shape) > 1:
+            largest = options.tile if options.parameterization == "block-kron" else None
+            rows, columns = shape[0], (stop - start) // shape[0]
+            a, b = (tile_side(n, largest) for n in (rows, columns))
+            # both factors, the moments behind them, scale and diagonal
+            numbers += -(-rows // a) * -(-columns // b) * 2 * (a * a + b * b + a * b)
+        else:
+            # R and Q, both written out
+            numbers += 2 * (stop - start) * (layout.block_size if settings.has_blocks else 1)
+    batch = min(BATCH_BYTES, settings.num_grads * layout.num_weights * itemsize)
+    return 2 * numbers * itemsize + batch
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -343,7 +366,7 @@ def plan(
     rough, limit = byte_plan(layout, settings, found, memory_limit)
     if method in DATA_FREE or not rough.fits:
         return rough
-    if method not in FROM_GRADIENTS:
+    if method not in FROM_GRADIENTS or method == "fishleg":
         note = f"Only gradients and blocks of a Fisher are timed; method={method!r} does without."
         return replace(rough, notes=(note,))
     zeros = sum(int((parameter == 0).sum()) for parameter in found.parameters.values())
