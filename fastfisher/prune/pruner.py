@@ -192,8 +192,9 @@ def prune(
         bools binary cross entropy with logits.  It may be None for methods that take no gradient.
     sparsity: the fraction of zeros; it may be left out where the pattern fixes it.
     method: "woodfisher" (blocks of the inverse Fisher), "woodtaylor" (the same with the gradient of the loss, which
-        repairs what the steps before have done too), "fishleg" (a learned inverse), "diagonal" (blocks of one); "kfac" (Kronecker factors), "hessian"
-        (blocks of the Hessian, for small networks), "obd" (its diagonal); "magnitude" and "random" (no gradients).
+        repairs what the steps before have done too), "fishleg" (an inverse that is learned and kept between steps),
+        "diagonal" (blocks of one); "kfac" (Kronecker factors), "hessian" (blocks of the Hessian, for small networks),
+        "obd" (its diagonal); "magnitude" and "random" (no gradients).
     scope: "global" ranks all weights together, "layer" gives every tensor the same share; what rounding leaves
         over goes to the tensors with the largest remainders.
     block_size: B, weights per Fisher block; None for one block over everything.
@@ -202,8 +203,8 @@ def prune(
         ("relative", which needs no tuning from network to network).
     update: of the kept weights: "sum" (the paper's), "joint" (exact for all removed weights of a block together),
         "greedy" (weights are chosen one at a time, each after the correction for those before), None, or "auto":
-        "joint" with recomputations, "greedy" for a single step ("sum" where blocks exceed 256 weights, or for "kfac" and "fishleg" in tiles).
-        Only for methods with blocks, "kfac" and "fishleg".
+        "joint" with recomputations, "greedy" for a single step ("sum" where blocks exceed 256 weights, for "kfac", and
+        for "fishleg" in tiles).  Only for methods with blocks, "kfac" and "fishleg".
     num_recomputations: how often gradients and inverse are made anew on the way to the final sparsity, each time at the
         point reached and for the weights that are left; None: as often as the sparsity calls for (12 times to 80 %).
         The data are read on, and from the beginning again at their end.
