@@ -339,8 +339,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": "0.5"}, "sparsity must be a fraction in [0, 1); got '0.5'."),
     (
         {"method": "wood"},
-        "method must be one of 'woodfisher', 'woodtaylor', 'fishleg', 'diagonal', 'obd', 'kfac', 'hessian', 'magnitude', "
-        "'random'; got 'wood'",
+        "method must be one of 'woodfisher', 'woodtaylor', 'fishleg', 'diagonal', 'obd', 'kfac', 'hessian', "
+        "'magnitude', 'random'; got 'wood'",
     ),
     ({"scope": "all"}, "scope must be one of 'global', 'layer'; got 'all'"),
     ({"update": "all"}, "update must be one of 'auto', 'sum', 'joint', 'greedy', None; got 'all'"),
