@@ -203,8 +203,8 @@ def prune(
         ("relative", which needs no tuning from network to network).
     update: of the kept weights: "sum" (the paper's), "joint" (exact for all removed weights of a block together),
         "greedy" (weights are chosen one at a time, each after the correction for those before), None, or "auto":
-        "joint" with recomputations, "greedy" for a single step ("sum" where blocks exceed 256 weights, for "kfac", and
-        for "fishleg" in tiles).  Only for methods with blocks, "kfac" and "fishleg".
+        "joint" with recomputations, "greedy" for a single step ("sum" where blocks exceed 256 weights and for "kfac",
+        "joint" for "fishleg" in tiles).  Only for methods with blocks, "kfac" and "fishleg".
     num_recomputations: how often gradients and inverse are made anew on the way to the final sparsity, each time at the
         point reached and for the weights that are left; None: as often as the sparsity calls for (12 times to 80 %).
         The data are read on, and from the beginning again at their end.

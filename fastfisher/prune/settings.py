@@ -256,7 +256,7 @@ class Settings:
             return None
         if self.update != "auto":
             return self.update
-        if self.num_recomputations != 0:
+        if self.num_recomputations != 0 or (self.method == "fishleg" and not self.has_blocks):
             return "joint"
         small = self.has_blocks and (self.fisher_block or math.inf) <= GREEDY_BLOCK
         return "greedy" if small else "sum"
