@@ -66,7 +66,7 @@ NETWORKS = {
         "ResNet-20 on CIFAR-10",
         5_000,
         5,
-        {"WoodFisher": 0.1, "magnitude": 0.1, "DPF": 0.005},
+        {"WoodFisher": 0.1, "magnitude": 0.1, "DPF": 0.002},
         128,
         250,
         flips=True,
