@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastfisher import errors as errors
     from fastfisher import ops as ops
     from fastfisher.fisher.blocks import BlockLayout as BlockLayout
+    from fastfisher.fisher.fishleg import FishLegInverse as FishLegInverse
     from fastfisher.fisher.inverse import FisherAccumulator as FisherAccumulator
     from fastfisher.fisher.inverse import FisherInverse as FisherInverse
     from fastfisher.fisher.inverse import inverse_diagonal as inverse_diagonal
@@ -52,6 +53,7 @@ _HOME = {
     "ExponentialSchedule": "fastfisher.prune.schedule",
     "FisherAccumulator": "fastfisher.fisher.inverse",
     "FisherInverse": "fastfisher.fisher.inverse",
+    "FishLegInverse": "fastfisher.fisher.fishleg",
     "HeldSparsity": "fastfisher.prune.masks",
     "LinearSchedule": "fastfisher.prune.schedule",
     "Pruner": "fastfisher.prune.gradual",

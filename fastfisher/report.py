@@ -42,12 +42,17 @@ class LayerRow:
 
 @dataclass
 class StepRow:
-    """One step of a run with recomputations: sparsity after it, mean loss before it, its gradients and its λ."""
+    """One step of a run with recomputations: sparsity after it, mean loss before it, its gradients and its λ.
+
+    auxiliary: of a learned inverse, what its last fit came to: steps, rate (the share taken of each), loss, and error,
+    an estimate of ‖Q F_γ − I‖_F / √d from held-out gradients.
+    """
 
     sparsity: float
     loss_before: float
     effective_grads: float
     damping_used: float
+    auxiliary: dict[str, float] | None = None
 
 
 @dataclass
@@ -190,6 +195,10 @@ class Report:
             ]
             for i, step in enumerate(self.steps, 1)
         ]
+        if any(step.auxiliary for step in self.steps):
+            rows[0] += ["auxiliary steps", "‖QF−I‖/√d"]
+            for row, step in zip(rows[1:], self.steps, strict=True):
+                row += [f"{(step.auxiliary or {}).get(key, 0):.3g}" for key in ("steps", "error")]
         return align(rows)
 
     def _layer_table(self) -> str:

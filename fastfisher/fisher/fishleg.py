@@ -795,7 +795,13 @@ class FishLegInverse:
                 )
         self._remember(len(grads))
         self.history.append(
-            {"steps": done, "gradients": len(grads), "loss": best, "error": self.error(judge)}
+            {
+                "steps": done,
+                "gradients": len(grads),
+                "rate": share * rate,
+                "loss": best,
+                "error": self.error(judge),
+            }
         )
         return done
 

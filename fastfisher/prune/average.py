@@ -27,6 +27,10 @@ class AveragedFisher:
         self.settings = settings
         self.states: list[Tensor] = []
 
+    @property
+    def last(self) -> None:
+        """Nothing is fitted here."""
+
     def copy(self) -> AveragedFisher:
         """Another one with the same state, which neither of the two writes into."""
         other = AveragedFisher(self.layout, self.settings)

@@ -239,6 +239,7 @@ class Run:
                 loss_before=float(torch.cat(stream.kept_losses).mean()),
                 effective_grads=stream.effective,
                 damping_used=found.damping,
+                auxiliary=None if self.learner is None else self.learner.last,
             )
         )
         if i:

@@ -46,6 +46,11 @@ class Surgeon:
         self._reader: SampleReader | None = None
         self._adam: SampledSteps | None = None
 
+    @property
+    def last(self) -> dict[str, float] | None:
+        """What the last fit came to."""
+        return dict(self.inverse.history[-1]) if self.inverse is not None and self.inverse.history else None
+
     def copy(self) -> Surgeon:
         """Another one with the same state, which reads on from the same data."""
         other = Surgeon(self.layout, self.settings, self.conv_groups)
