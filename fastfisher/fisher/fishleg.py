@@ -347,15 +347,15 @@ class KroneckerTiles:
         """
         w = self.tiles(weight.double())[None]
         gone = self.inside & (self.tiles(mask.double()) == 0)
-        wide = _in_float64(self)
-        T, S = wide.factors
+        T, S = (root.double() @ root.double().mT for root in (self.left, self.right))
+        scale = self.scale.double()
         diagonal = (
-            wide.scale.square() * T.diagonal(dim1=1, dim2=2)[:, :, None] * S.diagonal(dim1=1, dim2=2)[:, None]
+            scale.square() * T.diagonal(dim1=1, dim2=2)[:, :, None] * S.diagonal(dim1=1, dim2=2)[:, None]
         )
         diagonal = torch.where(self.inside, diagonal, 1)[None]
 
         def product(x: Tensor) -> Tensor:
-            return wide.scale * (T @ (wide.scale * x) @ S)
+            return scale * (T @ (scale * x) @ S)
 
         def dot(x: Tensor, y: Tensor) -> Tensor:
             return (x * y).sum(dim=(2, 3), keepdim=True)
@@ -436,20 +436,10 @@ def _unit(factors: Tensor) -> tuple[Tensor, Tensor]:
     return factors / mean, mean
 
 
-class _Wide:
-    def __init__(self, factors: tuple[Tensor, Tensor], scale: Tensor) -> None:
-        self.factors, self.scale = factors, scale
-
-
-def _in_float64(tiles: KroneckerTiles) -> _Wide:
-    left, right = tiles.left.double(), tiles.right.double()
-    return _Wide((left @ left.mT, right @ right.mT), tiles.scale.double())
-
-
 class FishLegInverse:
     """Q ≈ (F + γ I)⁻¹ of every weight, learned; behind the interface of `FisherInverse`.
 
-    Made by `start` or `from_grads`, moved by `aux_step`, `fit` or `sampled_step`.
+    Made by `start` or `from_grads`, moved by `aux_step`, `fit` or `SampledSteps`.
     layout: the weights, and for "block" their blocks.   parameterization: of Q.   damping: γ, absolute.
     horizon: gradients that Q remembers; a batch of k replaces the share k / (seen + k) of what it knows, seen at most
     this many.   live: bool [d], False where a weight was removed; Q is 0 in its row and column.
