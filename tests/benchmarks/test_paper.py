@@ -304,7 +304,7 @@ def test_woodtaylor_ablation_runs(folder: Path, tmp_path: Path) -> None:
 
 def test_every_experiment_is_run_by_make_paper() -> None:
     scripts = {path.stem for path in Path(everything.__file__).parent.glob("*.py")}
-    helpers = {"__init__", "__main__", "data", "experiment", "networks", "pictures"}
+    helpers = {"__init__", "__main__", "data", "experiment", "networks", "pictures", "stages"}
     assert {command.split()[0] for command in everything.COMMANDS} == scripts - helpers
     assert everything.COMMANDS[-1] == "page"
 
