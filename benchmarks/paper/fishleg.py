@@ -52,7 +52,7 @@ def bars(curves: Curves, final: float) -> list[dict[str, Any]]:
     ahead, _ = stages.lead(curves, OURS, "magnitude", final)
     found.append(experiment.at_least(f"{at}: points of {OURS} above magnitude", ahead, 3.0))
     blocks = curves.mean(RIVAL + stages.STATE, final)
-    for label in KRON:
+    for label in (label for label in KRON if label in METHODS):
         share = 100 * curves.mean(label + stages.STATE, final) / blocks
         found.append(experiment.at_most(f"{label}: state, % of that of WoodFisher's blocks", share, 15.0))
     return found
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     experiment.report(
         options,
         curves,
-        stages.picture(curves, [m for m in METHODS if (m, final) in curves.values], final, 0),
+        stages.picture(curves, [m for m in METHODS if (m, final) in curves.values], final),
         bars(curves, final),
         f"{network.title}, pruned in {options.stages} stages of {images}{steps} "
         f"({experiment.count(options.seeds, 'seed')})",

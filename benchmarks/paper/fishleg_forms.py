@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     experiment.report(
         options,
         curves,
-        stages.picture(curves, list(FORMS), final, 50),
+        stages.picture(curves, list(FORMS), final),
         bars(curves, final),
         f"Forms of FishLeg's inverse: MLPNET in {options.stages} stages of "
         f"{experiment.count(options.num_grads, 'gradient')} ({experiment.count(options.seeds, 'seed')})",

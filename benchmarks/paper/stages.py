@@ -24,6 +24,7 @@ from benchmarks.paper.networks import LeNet5, ResNet18
 from benchmarks.paper.pictures import Axes, Line, Panel
 
 SURGEON = "FishLeg Surgeon"  # stands where the other paper's figures have a number
+DAMPING = 0.1  # of the mean diagonal, the default of the package
 BLOCK = 128  # weights in a block of WoodFisher, and of FishLeg with blocks
 SAMPLED = {"aux": "sampled", "u": "gaussian", "preconditioner": True, "max_aux_steps": 50, "aux_lr": 1e-3}
 AXES = Axes("sparsity", "value", "sparsity, %", "test accuracy, %")
@@ -169,6 +170,7 @@ def prune(
         schedule=schedule,
         targets=trained.names,
         num_grads=options.num_grads,
+        damping=DAMPING,
         seed=seed,
         **{"block_size": BLOCK, **told},
     )
@@ -218,8 +220,9 @@ def lead(curves: Curves, ours: str, rival: str, place: float) -> tuple[float, fl
     return float(gaps.mean()), float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else 0.0
 
 
-def panels(curves: Curves, labels: Sequence[str], final: float, low: float) -> list[Panel]:
+def panels(curves: Curves, labels: Sequence[str], final: float) -> list[Panel]:
     """Accuracy and error after every stage, and accuracy at the end over the state."""
+    low = min(curves.mean(label, final) for label in labels) // 10 * 10
     learned = [label for label in labels if (label + ERROR, final) in curves.values]
 
     def line(label: str, ending: str = "") -> Line:
@@ -236,7 +239,7 @@ def panels(curves: Curves, labels: Sequence[str], final: float, low: float) -> l
     ]
 
 
-def picture(curves: Curves, labels: Sequence[str], final: float, low: float) -> Any:
+def picture(curves: Curves, labels: Sequence[str], final: float) -> Any:
     """The usual picture, and beside it the accuracy at the end over the state."""
     at_end = Curves()
     at_end.values = dict(curves.values)
@@ -247,5 +250,5 @@ def picture(curves: Curves, labels: Sequence[str], final: float, low: float) -> 
             name = f"{label}, {pictures.short(curves.mean(label + SECONDS, final))} s"
             at_end.values[name, round(state, 2)] = curves.values[label, final]
             shown.append(Line(name, style="-", colour=list(labels).index(label)))
-    all_panels = [*panels(curves, list(labels), final, low), Panel("at the end", shown, axes=STATES)]
+    all_panels = [*panels(curves, list(labels), final), Panel("at the end", shown, axes=STATES)]
     return experiment.lines(at_end, all_panels, AXES)
