@@ -98,18 +98,20 @@ class LeNet5(nn.Module):
 class ResNet18(nn.Module):
     """Four stages of two blocks with 64 to 512 channels, for small images: 11.2 million parameters.
 
-    x [n, 3, H, W] -> logits [n, classes].   Source: He et al., 2016, with a first convolution of 3x3 and stride 1.
+    x [n, 3, H, W] -> logits [n, classes].   width: channels of the first stage.
+    Source: He et al., 2016, with a first convolution of 3x3 and stride 1.
     """
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self, classes: int = 10, width: int = 64) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        sizes = [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        w = width
+        sizes = [(w, w, 1), (w, 2 * w, 2), (2 * w, 4 * w, 2), (4 * w, 8 * w, 2)]
         self.stages = nn.Sequential(
             *(nn.Sequential(BasicBlock(a, b, s), BasicBlock(b, b, 1)) for a, b, s in sizes)
         )
-        self.fc = nn.Linear(512, classes)
+        self.fc = nn.Linear(8 * w, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(torch.relu(self.bn1(self.conv1(x))))
