@@ -2,8 +2,9 @@
 
 The layers fc2 and fc3 of MLPNET, one block for each.  Every method gets the first m of the same per-sample gradients
 and is judged by F_γ from many others: ‖Q F_γ − I‖_F / √d, with γ a multiple of the mean diagonal of that F.
-Blocks "to the end" follow the loss of the gradients it learns from, "stopped early" that of every eighth, which it leaves
-out; "in mini-batches" goes once through the gradients, 20 at a time, where the rival averages the inverses of each 20.
+Blocks "to the end" follow the loss of the gradients that they learn from, "stopped early" that of every eighth, which
+is left out; "in mini-batches" they go once through the gradients, 20 at a time, where the rival averages the inverses
+of each 20.
 The Kronecker factors take ten steps, as `fit` gives up on the fewest gradients.
 Writes fishleg_noise.csv, .png and .json.   Source: FishLeg Surgeon (McGowan et al., 2024).
 """
