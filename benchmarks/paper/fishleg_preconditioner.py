@@ -34,7 +34,7 @@ CLAIM = Claim(
 FORMS = {"block": f"blocks of {stages.BLOCK}", "kron": "Kronecker factors of whole layers"}
 KINDS = {"preconditioned": True, "plain": False}
 EXACT = "exact in u"
-MOST = 20  # steps exact in u, which have long arrived
+MOST = 10  # steps exact in u, which have long arrived
 SHOWN = (0, 1, 2, 3, 5, 7, 10, 20, 30, 50, 70, 100, 200, 300)
 WORST, LEAST = 1e6, 1e-3  # shown for what went astray, and for what has arrived
 AXES = Axes("steps", "excess", "steps", "(A(Q) − A*) / |A*|", 1, logarithmic="y", legend="center right")
@@ -141,9 +141,9 @@ def bars(curves: Curves, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = experiment.parser(
-        "fishleg_preconditioner", __doc__.split("\n")[0], (), 500, seeds=3, damping=None
+        "fishleg_preconditioner", __doc__.split("\n")[0], (), 250, seeds=3, damping=None
     )
-    parser.add_argument("--steps", type=int, default=70)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3])
     options = experiment.read(parser, arguments)
     curves = experiment.start(options, AXES)
