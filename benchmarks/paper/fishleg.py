@@ -6,9 +6,9 @@ says so, and then as much for all.  Dampings are the default of the package, 0.1
 that of its first gradients.
 Networks: mlpnet and lenet (MNIST), resnet20 (CIFAR-10, its 18 3x3 convolutions); for a GPU resnet18 (CIFAR-10) and
 tinyimagenet, with --full --device cuda.  lenet, resnet18 and tinyimagenet are trained first, or read by --checkpoint.
-"as published" is our reading of the paper, of whose pruning loop no code is public; its rate of learning is the one
-that ends at the smallest auxiliary loss in fishleg_preconditioner.  Errors are told of each form within its own blocks
-or tiles.  Source: FishLeg Surgeon (McGowan et al., 2024).
+"as published" is our reading of the paper, of whose pruning loop no code is public; its rate of learning is the larger
+one of fishleg_preconditioner, where both end at about the same auxiliary loss.  Errors are told of each form within its
+own blocks or tiles.  Source: FishLeg Surgeon (McGowan et al., 2024).
 Writes fishleg_<network>.csv, .png and .json.
 """
 
