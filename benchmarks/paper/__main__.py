@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-# What is said after `python -m benchmarks.paper.`, in the order of the paper.
+# What is said after `python -m benchmarks.paper.`, in the order of the papers.
 COMMANDS = (
     "hessian_fisher",
     "quadratic_model",
@@ -27,6 +27,13 @@ COMMANDS = (
     "methods resnet20 --seeds 1",
     "gradual mlpnet",
     "gradual resnet20",
+    "fishleg mlpnet",
+    "fishleg lenet",
+    "fishleg resnet20 --seeds 1",
+    "fishleg_forms",
+    "fishleg_preconditioner",
+    "fishleg_damping",
+    "fishleg_noise",
     "page",
 )
 

@@ -8,12 +8,14 @@ The folder holds (uint8 pixels everywhere):
     cifar10_test_first1000.webp                the first 1,000 test images, tiled 40 to a row
     cifar10_labels.npz                         y_train, y_test_first1000
     resnet20_cifar10_woodfisher.safetensors    a trained ResNet20
+    tiny-imagenet-200/                         train/<class>/images/*.JPEG, val/images/*.JPEG, val/val_annotations.txt
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,6 +85,28 @@ def cifar10(folder: Path, num_samples: int, seed: int) -> tuple[Split, Split]:
     x_test = _tiles(_file(folder, "cifar10_test_first1000.webp"))
     picked = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(seed))[:num_samples]
     return Split(x_train[picked] / 127.5 - 1, y_train[picked]), Split(x_test / 127.5 - 1, y_test)
+
+
+def _pictures(paths: Sequence[Path]) -> Tensor:
+    """Pictures of one size -> [n, 3, H, W], pixels scaled to [-1, 1]."""
+    pixels = np.stack([np.array(Image.open(path).convert("RGB")) for path in paths])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def tiny_imagenet(folder: Path, num_samples: int, seed: int) -> tuple[Split, Split]:
+    """Training images drawn without replacement, and all images of val/; classes in the order of their names."""
+    root = _file(folder, "tiny-imagenet-200")
+    classes = {path.name: i for i, path in enumerate(sorted((root / "train").iterdir()))}
+    known = sorted((root / "train").glob("*/images/*.JPEG"))
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[:num_samples]
+    picked = [known[i] for i in order.tolist()]
+    rows = [line.split() for line in _file(root, "val/val_annotations.txt").read_text().splitlines()]
+
+    def split(paths: Sequence[Path], names: Sequence[str]) -> Split:
+        return Split(_pictures(paths), torch.tensor([classes[name] for name in names]))
+
+    train = split(picked, [path.parent.parent.name for path in picked])
+    return train, split([root / "val" / "images" / row[0] for row in rows], [row[1] for row in rows])
 
 
 def load_weights(model: nn.Module, folder: Path, name: str) -> nn.Module:

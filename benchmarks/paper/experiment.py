@@ -97,7 +97,7 @@ def weights_of(model: nn.Module, layout: ff.BlockLayout) -> Tensor:
 def gradients(model: nn.Module, layout: ff.BlockLayout, samples: Split, grad_batch_size: int = 1) -> Tensor:
     """Gradients of the loss, per sample or of means over mini-batches: [m, d] float32."""
     num_grads = len(samples.labels) // grad_batch_size
-    grads = torch.empty(num_grads, layout.num_weights)
+    grads = torch.empty(num_grads, layout.num_weights, device=samples.images.device)
     filled = 0
     with untouched(model, seed=0):
         objective = Objective(model, list(layout.parameter_ranges), grad_batch_size=grad_batch_size)

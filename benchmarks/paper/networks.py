@@ -74,3 +74,45 @@ class ResNet20(nn.Module):
             for block in (0, 1, 2)
             for conv in (1, 2)
         ]
+
+
+class LeNet5(nn.Module):
+    """Two convolutions and three linear layers: 44,426 parameters.   x [n, 1, 28, 28] -> logits [n, 10].   Source:
+    LeCun et al., 1998, with ReLU and maximum pooling.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(256, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.max_pool2d(torch.relu(self.conv1(x)), 2)
+        x = torch.max_pool2d(torch.relu(self.conv2(x)), 2)
+        return self.fc3(torch.relu(self.fc2(torch.relu(self.fc1(x.flatten(1))))))
+
+
+class ResNet18(nn.Module):
+    """Four stages of two blocks with 64 to 512 channels, for small images: 11.2 million parameters.
+
+    x [n, 3, H, W] -> logits [n, classes].   width: channels of the first stage.
+    Source: He et al., 2016, with a first convolution of 3x3 and stride 1.
+    """
+
+    def __init__(self, classes: int = 10, width: int = 64) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        w = width
+        sizes = [(w, w, 1), (w, 2 * w, 2), (2 * w, 4 * w, 2), (4 * w, 8 * w, 2)]
+        self.stages = nn.Sequential(
+            *(nn.Sequential(BasicBlock(a, b, s), BasicBlock(b, b, 1)) for a, b, s in sizes)
+        )
+        self.fc = nn.Linear(8 * w, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(torch.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))

@@ -41,15 +41,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One part of the picture.   lines: coloured by their place.   range: of values shown; None for all of it."""
-
-    title: str
-    lines: Sequence[Line]
-    range: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
 class Axes:
     """What the numbers are.   x, y: their names in the CSV file.   scale: of x in the picture; words have none."""
 
@@ -60,6 +51,19 @@ class Axes:
     scale: float = 100
     logarithmic: str = ""  # "x", "y" or "xy"
     legend: str = "best"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One part of the picture.   lines: coloured by their place.   range: of values shown; None for all of it.
+
+    axes: its own, where they are not those of the picture.
+    """
+
+    title: str
+    lines: Sequence[Line]
+    range: tuple[float, float] | None = None
+    axes: Axes | None = None
 
 
 def short(number: float) -> str:
@@ -95,13 +99,25 @@ def lines(path: Path, curves: Curves, panels: Sequence[Panel], axes: Axes, title
     rows = -(-len(panels) // columns)
     with _figure(path, rows, columns, (6.3 * columns + 0.4, 4.8 * rows + 0.2), title) as grid:
         for axis, panel in zip(grid.flat, panels, strict=True):
-            draw_panel(axis, curves, panel, axes)
-        for row in grid:
-            row[0].set_ylabel(axes.y_label)
+            draw_panel(axis, curves, panel, panel.axes or axes)
+            if panel.axes:
+                axis.set_ylabel(panel.axes.y_label)
+        for row, panel in zip(grid, panels[::columns], strict=True):
+            row[0].set_ylabel((panel.axes or axes).y_label)
+
+
+def _apart(ticks: Sequence[float], logarithmic: bool) -> list[str]:
+    """Numbers for the ticks, none where the next one that has a number is too near."""
+    places = np.log(ticks) if logarithmic else np.array(ticks)
+    labels, last = [""] * len(ticks), np.inf
+    for i in reversed(range(len(ticks))):
+        if last - places[i] >= 0.05 * (places[-1] - places[0]):
+            labels[i], last = short(ticks[i]), places[i]
+    return labels
 
 
 def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
-    if ("dense", 0.0) in curves.values:
+    if ("dense", 0.0) in curves.values and "accuracy" in axes.y_label:
         dense = curves.mean("dense", 0.0)
         axis.axhline(dense, color="black", linewidth=1, linestyle=":", label=f"dense, {dense:.1f} %")
     places = curves.places(panel.lines)
@@ -123,7 +139,7 @@ def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         axis.yaxis.set_major_formatter(lambda value, _: short(value))
-    labels = [str(place) for place in places] if words else [short(tick) for tick in ticks]
+    labels = [str(place) for place in places] if words else _apart(ticks, "x" in axes.logarithmic)
     axis.set_xticks(ticks, labels, fontsize=8)
     axis.minorticks_off()
     axis.set_xlabel(axes.x_label)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import fastfisher as ff
 from benchmarks.paper import (
     __main__ as everything,
 )
@@ -24,6 +26,11 @@ from benchmarks.paper import (
     chunk_size,
     data,
     experiment,
+    fishleg,
+    fishleg_damping,
+    fishleg_forms,
+    fishleg_noise,
+    fishleg_preconditioner,
     gradual,
     hessian_fisher,
     kfac_blocks,
@@ -34,12 +41,14 @@ from benchmarks.paper import (
     quadratic_model,
     recomputed,
     resnet20_cifar10,
+    stages,
     woodtaylor,
     woodtaylor_ablation,
 )
 from benchmarks.paper.experiment import Curves
-from benchmarks.paper.networks import MLPNet, ResNet20
+from benchmarks.paper.networks import LeNet5, MLPNet, ResNet18, ResNet20
 from benchmarks.paper.pictures import Axes
+from fastfisher.fisher.fishleg import FishLegInverse
 
 
 def _tiles(path: Path, count: int, columns: int, seed: int) -> np.ndarray:
@@ -77,6 +86,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = random.integers(0, 10, 40, dtype=np.uint8)
     np.savez(made / "cifar10_labels.npz", y_train=labels, y_test_first1000=labels[:8])
     _save(ResNet20(), made / "resnet20_cifar10_woodfisher.safetensors")
+    _save(ResNet18(width=4), made / "resnet18.safetensors")
+    root = made / "tiny-imagenet-200"
+    (root / "val" / "images").mkdir(parents=True)
+    lines = []
+    for label in ("n02", "n01"):
+        (root / "train" / label / "images").mkdir(parents=True)
+        for i in range(6):
+            image = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            image.save(root / "train" / label / "images" / f"{label}_{i}.JPEG")
+        image.convert("L").save(root / "val" / "images" / f"val_{label}.JPEG")
+        lines.append(f"val_{label}.JPEG\t{label}\t0\t0\t7\t7\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
     return made
 
 
@@ -88,6 +109,18 @@ def test_networks_have_the_published_sizes() -> None:
     assert sum(parameters[name].numel() for name in ResNet20.prunable()) == 267_264
     assert "layer2.0.downsample.0.weight" in parameters
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert sum(p.numel() for p in LeNet5().parameters()) == 44_426
+    assert sum(p.numel() for p in ResNet18().parameters()) == 11_173_962
+    assert ResNet18(200)(torch.zeros(2, 3, 8, 8)).shape == (2, 200)
+
+
+def test_tiny_imagenet_is_read_from_its_folders(folder: Path) -> None:
+    train, test = data.tiny_imagenet(folder, 10, 0)
+    assert train.images.shape == (10, 3, 8, 8)
+    assert len(train.labels) == 10
+    assert test.labels.tolist() == [1, 0]
+    assert float(test.images.abs().max()) <= 1
+    assert test.images[0, 0].equal(test.images[0, 1])
 
 
 def test_tiles_come_back_in_order(tmp_path: Path) -> None:
@@ -302,9 +335,107 @@ def test_woodtaylor_ablation_runs(folder: Path, tmp_path: Path) -> None:
     assert len(curves.values) == 1 + 2 * 2
 
 
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FishLeg's networks with few reference images, few steps of the published loop, and the damping that the few
+    gradients of an untrained network need.
+    """
+    monkeypatch.setattr(stages, "DAMPING", 30.0)
+    for name, network in stages.NETWORKS.items():
+        monkeypatch.setitem(stages.NETWORKS, name, dataclasses.replace(network, reference=4))
+    told = fishleg.METHODS["FLS, as published"]
+    short = {**told, "fishleg": {**told["fishleg"], "max_aux_steps": 2}}
+    monkeypatch.setitem(fishleg.METHODS, "FLS, as published", short)
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_fishleg_and_its_rivals_end_at_the_same_sparsity(folder: Path, tmp_path: Path) -> None:
+    arguments = "mlpnet --samples 40 --num-grads 36 --stages 2 --train-steps 1"
+    curves, record = _run(fishleg.main, folder, tmp_path, arguments)
+    assert record["command"] == f"python -m benchmarks.paper.fishleg {arguments} --seeds 2"
+    assert len(record["bars"]) == 5
+    for label in fishleg.METHODS:
+        assert (label, 0.95) in curves.values
+        assert (label + ", trained", 0.95) in curves.values
+        assert ((label + stages.ERROR, 0.95) in curves.values) == label.startswith("FLS")
+    assert curves.mean("magnitude" + stages.STATE, 0.95) == 0
+    assert curves.mean("diagonal Fisher" + stages.STATE, 0.95) == pytest.approx(4 * 32_360 / 2**20, rel=1e-3)
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("network", ["lenet", pytest.param("resnet20", marks=pytest.mark.slow)])
+def test_fishleg_runs_on_every_small_network(folder: Path, tmp_path: Path, network: str) -> None:
+    arguments = f"{network} --samples 12 --num-grads 8 --stages 1 --epochs 1"
+    curves, _ = _run(fishleg.main, folder, tmp_path, arguments)
+    assert curves.mean("dense", 0.0) <= 100
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("network", ["resnet18", "tinyimagenet"])
+def test_fishleg_runs_on_large_networks(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
+    monkeypatch.setattr(stages, "ResNet18", functools.partial(ResNet18, width=4))
+    told = "--full --num-grads 4 --stages 2 --train-steps 1 --epochs 1 --samples 8 --seeds 1"
+    if network == "resnet18":
+        told += f" --checkpoint {folder / 'resnet18.safetensors'}"
+    arguments = [network, *told.split(), "--data", str(folder), "--out", str(tmp_path)]
+    fishleg.main(arguments)
+    record = json.loads((tmp_path / f"fishleg_{network}_full.json").read_text())
+    assert record["settings"]["final"] == stages.NETWORKS[network].final
+    assert record["command"].startswith(f"python -m benchmarks.paper.fishleg {network} --full --samples 8")
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_forms_of_fishleg_differ_in_state(folder: Path, tmp_path: Path) -> None:
+    curves, record = _run(fishleg_forms.main, folder, tmp_path, "--samples 40 --num-grads 36 --stages 2")
+    assert len(record["bars"]) == 3
+    states = [curves.mean(label + stages.STATE, 0.95) for label in fishleg_forms.FORMS]
+    assert len(set(states)) == len(states)
+
+
+def test_auxiliary_loss_of_tiles_is_that_of_the_matrix() -> None:
+    torch.manual_seed(0)
+    grads = torch.randn(7, 12, dtype=torch.float64)
+    layout = ff.BlockLayout(["w"], [(3, 4)], 4)
+    eye = torch.eye(12, dtype=torch.float64)
+    for form in ("kron", "block"):
+        made = FishLegInverse.start(layout, damping=0.1, parameterization=form, dtype=torch.float64)
+        made.aux_step(grads)
+        q = made.mul(eye)
+        fisher = grads.T @ grads / 7 + 0.1 * eye
+        dense = float((q @ fisher @ q).trace() / 2 - q.trace())
+        assert fishleg_preconditioner.loss(made, grads) == pytest.approx(dense)
+    least = fishleg_preconditioner.smallest(grads, [(0, 12)], 0.1)
+    assert least == pytest.approx(-float(fisher.inverse().trace()) / 2)
+    assert least < dense
+
+
+def test_preconditioner_experiment_runs(folder: Path, tmp_path: Path) -> None:
+    curves, record = _run(
+        fishleg_preconditioner.main, folder, tmp_path, "--samples 8 --steps 2 --rates 0.001"
+    )
+    assert len(record["bars"]) == 4
+    assert curves.mean("block: exact in u", 2) < curves.mean("block: exact in u", 0)
+
+
+def test_damping_experiment_runs(folder: Path, tmp_path: Path) -> None:
+    arguments = "--samples 16 --dampings 0.001 0.1 --recomputations 1 --sparsities 0.5"
+    curves, record = _run(fishleg_damping.main, folder, tmp_path, arguments)
+    assert len(record["bars"]) == 2
+    assert set(curves.labels()) == set(fishleg_damping.METHODS)
+
+
+def test_noise_experiment_runs_and_the_end_of_learning_is_the_inverse(folder: Path, tmp_path: Path) -> None:
+    curves, record = _run(fishleg_noise.main, folder, tmp_path, "--samples 8 24 --reference 12 --dampings 30")
+    assert len(record["bars"]) == 2
+    to_the_end = curves.mean("γ 30: FLS blocks, to the end", 24)
+    assert to_the_end == pytest.approx(curves.mean("γ 30: inverted", 24), rel=0.1)
+
+
 def test_every_experiment_is_run_by_make_paper() -> None:
     scripts = {path.stem for path in Path(everything.__file__).parent.glob("*.py")}
-    helpers = {"__init__", "__main__", "data", "experiment", "networks", "pictures"}
+    helpers = {"__init__", "__main__", "data", "experiment", "networks", "pictures", "stages"}
     assert {command.split()[0] for command in everything.COMMANDS} == scripts - helpers
     assert everything.COMMANDS[-1] == "page"
 
