@@ -22,6 +22,8 @@ from benchmarks.paper.experiment import Curves
 from benchmarks.paper.gradual import batches
 from benchmarks.paper.networks import LeNet5, ResNet18
 from benchmarks.paper.pictures import Axes, Line, Panel
+from fastfisher.fisher.fishleg import FishLegInverse
+from fastfisher.prune.surgeon import Surgeon
 
 SURGEON = "FishLeg Surgeon"  # stands where the other paper's figures have a number
 DAMPING = 0.1  # of the mean diagonal, the default of the package
@@ -192,14 +194,14 @@ def prune(
             raise RuntimeError(f"{label}: nothing was pruned in stage {stage}")
         place = round(report.sparsity, 4)
         curves.add(label, place, experiment.accuracy(model.eval(), trained.test))
-        if grads is not None and pruner._surgeon is not None and pruner._surgeon.inverse is not None:
-            curves.add(label + ERROR, place, pruner._surgeon.inverse.error(grads))
+        if grads is not None and (inverse := _learned(pruner)) is not None:
+            curves.add(label + ERROR, place, inverse.error(grads))
         if options.train_steps:
             model.train()
             order = 1_000 * seed + stage
             _steps(model, optimizer, trained.train, order, network.flips, options.train_steps)
             curves.add(label + ", trained", place, experiment.accuracy(model.eval(), trained.test))
-    inverse = pruner._surgeon.inverse if pruner._surgeon is not None else None
+    inverse = _learned(pruner)
     state = inverse.state_bytes / 2**20 if inverse else state_mib(told["method"], model, trained.names)
     curves.add(label + STATE, place, state)
     curves.add(label + SECONDS, place, spent)
@@ -207,9 +209,16 @@ def prune(
     print(f"seed {seed}, {label}: {curves.values[label, place][-1]:.2f}, {spent:.0f} s", flush=True)
 
 
+def _learned(pruner: ff.Pruner) -> FishLegInverse | None:
+    """The inverse that a pruner keeps."""
+    return pruner._learner.inverse if isinstance(pruner._learner, Surgeon) else None
+
+
 def _reference(pruner: ff.Pruner, model: nn.Module, trained: Trained) -> Tensor:
     """Gradients of the images kept for that, in the order of the pruner's weights."""
-    layout = (pruner._surgeon or pruner._new_surgeon()).layout
+    learner = pruner._learner or pruner._new_learner()
+    assert learner is not None
+    layout = learner.layout
     return experiment.gradients(model.eval(), layout, trained.reference)
 
 

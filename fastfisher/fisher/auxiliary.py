@@ -25,7 +25,8 @@ class SampledSteps:
     """Adam on what a `FishLegInverse` has learned, with u drawn anew for every step.
 
     u: "gaussian" or "rademacher", drawn on the CPU from the seed; or "gradient", the one that `step` is given.
-    lr: Adam's.   preconditioner: whether r is multiplied by Q.
+    lr: Adam's, relative to the largest entry that each factor has at the beginning.
+    preconditioner: whether r is multiplied by Q.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class SampledSteps:
         inverse: FishLegInverse,
         *,
         u: str = "gaussian",
-        lr: float = 1e-2,
+        lr: float = 1e-3,
         preconditioner: bool = True,
         seed: int = 0,
     ) -> None:
@@ -41,7 +42,9 @@ class SampledSteps:
         self.u = u
         self.preconditioner = preconditioner
         self.generator = torch.Generator().manual_seed(seed)
-        self.adam = torch.optim.Adam(inverse.variables(), lr=lr)
+        self.adam = torch.optim.Adam(
+            [{"params": [x], "lr": lr * float(x.abs().max())} for x in inverse.variables()]
+        )
 
     def draw(self) -> Tensor:
         """u [d], 0 for weights that were removed."""

@@ -753,8 +753,8 @@ class FishLegInverse:
         """Steps on one batch [k, d] until the loss on the held-out gradients stops falling; returns how many.
 
         held_out: [h, d], by default every eighth of the batch, which is then left out of it.
-        The last step is taken back where it raised that loss; one that doubled it is halved.
-        Raises FisherError where halving does not help.
+        The last step is taken back where it raised that loss; one of blocks that doubled it is halved.
+        Raises FisherError where halving does not help, and where a factor of a tile is not positive definite.
         """
         if held_out is None and len(grads) >= HOLD_OUT:
             last = torch.arange(len(grads)) % HOLD_OUT == HOLD_OUT - 1
@@ -762,20 +762,21 @@ class FishLegInverse:
         grads = self._masked(grads)
         judge = grads if held_out is None else self._masked(held_out)
         share = len(grads) / (self.seen + len(grads))
-        best, done, rate = self._loss(judge), 0, 1.0
+        best, done, rate = math.inf if self.tiled else self._loss(judge), 0, 1.0
         while done < max_steps:
             before = [x.clone() for x in self.variables()]
             for form in self.forms:
-                form.step(grads, self.damping, share * rate)
+                # a closed form has no step to shorten
+                form.step(grads, self.damping, share if isinstance(form, KroneckerTiles) else share * rate)
             done += 1
             loss = self._loss(judge)
-            if loss < best - FALLING * abs(best):
-                best = loss
+            if loss < best - FALLING * abs(best) or (done == 1 and math.isfinite(loss) and self.tiled):
+                best = loss  # the first step changes the D in whose units tiles tell their loss
                 continue
             if not loss <= best:
                 for x, old in zip(self.variables(), before, strict=True):
                     x.copy_(old)
-            if loss <= best + RISING * abs(best):
+            if self.tiled or loss <= best + RISING * abs(best):
                 break
             rate /= 2
             if rate < SMALLEST_RATE:

@@ -64,7 +64,8 @@ class FishLeg:
     update_aux_every: steps of an attached optimizer between two auxiliary steps in a `Pruner`; 0 for none.
     aux_grads: gradients of each of those.   horizon: gradients that the inverse remembers, by default 4 num_grads.
     Of "sampled":
-    u: "gaussian", "rademacher" or "gradient".   aux_lr: Adam's rate.   preconditioner: of the slope, by Q itself.
+    u: "gaussian", "rademacher" or "gradient".   preconditioner: of the slope, by Q itself.
+    aux_lr: Adam's rate, relative to the largest entry of each factor.
     product: with the Fisher, from "rows" (gradients of single samples) or "antithetic" (two gradients of a batch at
     w ± ε v, with labels drawn from the model).
     Raises FastFisherError with the offending value.
@@ -78,7 +79,7 @@ class FishLeg:
     aux_grads: int = 32
     horizon: int | None = None
     u: str = "gaussian"
-    aux_lr: float = 1e-2
+    aux_lr: float = 1e-3
     preconditioner: bool = True
     product: str = "rows"
 
