@@ -28,7 +28,7 @@ CLAIM = Claim(
     "magnitude, with at most 15 % of the state of WoodFisher's blocks).",
 )
 OURS, RIVAL = "FLS, defaults", "WoodFisher, recomputed"
-KRON = (OURS, "FLS, as published")
+KRON = (OURS,)
 # label -> what ff.Pruner is told
 METHODS: dict[str, dict[str, Any]] = {
     OURS: {"method": "fishleg"},
