@@ -107,7 +107,8 @@ def test_kinds_of_fisher(given: Any, fisher_type: str, product: str) -> None:
 def test_half_precision_weights_have_a_float32_state(given: Any) -> None:
     model, data = copy.deepcopy(given[0]).bfloat16(), [(x.bfloat16(), y) for x, y in given[1]]
     pruner = ff.Pruner(model, schedule=[(0, 0.5), (1, 0.8)], method="fishleg", num_grads=64)
-    pruner.attach(torch.optim.SGD(model.parameters(), 0.1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner.attach(optimizer)
     pruner.step(data, epoch=0)
     assert isinstance(pruner._learner, Surgeon)
     assert pruner._learner.inverse is not None
@@ -207,7 +208,8 @@ def test_auxiliary_steps_come_between_prunings(given: Any) -> None:
 def test_batchnorm_and_generators_are_untouched_by_auxiliary_steps(given: Any) -> None:
     model, data = copy.deepcopy(given[0]).train(), given[1]
     pruner = ff.Pruner(model, schedule=[(0, 0.5)], method="fishleg", num_grads=64)
-    pruner.attach(torch.optim.SGD(model.parameters(), 0.1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner.attach(optimizer)
     pruner.step(data, epoch=0)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     surgeon = pruner._learner
@@ -267,7 +269,8 @@ def test_the_surgeon_is_told_what_is_gone(given: Any) -> None:
     with torch.no_grad():
         model[4].weight[:, ::2] = 0
     pruner = ff.Pruner(model, schedule=[(0, 0.7)], method="fishleg", num_grads=64)
-    pruner.attach(torch.optim.SGD(model.parameters(), 0.1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner.attach(optimizer)
     pruner.step(data, epoch=0)
     assert isinstance(pruner._learner, Surgeon)
     inverse = pruner._learner.inverse
