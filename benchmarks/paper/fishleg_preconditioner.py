@@ -102,9 +102,7 @@ def measure(options: argparse.Namespace, curves: Curves) -> None:
                 inverse = FishLegInverse.start(layout, damping=damping, parameterization=form)
                 adam = None
                 if kind:
-                    # roots of blocks begin at I/√γ and factors at I
-                    lr = rate / damping**0.5 if form == "block" else rate
-                    adam = SampledSteps(inverse, lr=lr, preconditioner=KINDS[kind], seed=seed)
+                    adam = SampledSteps(inverse, lr=rate, preconditioner=KINDS[kind], seed=seed)
                 steps = options.steps if kind else min(MOST, options.steps)
                 excess = dict.fromkeys((step for step in SHOWN if step <= steps), WORST)
                 for step in descend(inverse, grads, steps, adam):
