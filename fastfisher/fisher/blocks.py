@@ -8,6 +8,7 @@ be short; with `block_size=None` the whole network is one block.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,27 @@ class BlockLayout:
         """The layout of unnamed flat tensors of these sizes; they are called tensor0, tensor1, ..."""
         return cls([f"tensor{i}" for i in range(len(sizes))], [(size,) for size in sizes], block_size)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `from_state_dict` needs, in plain types."""
+        return {
+            "names": list(self.names),
+            "shapes": [list(shape) for shape in self.shapes],
+            "block_size": None if self.single_block else self.block_size,
+            "group": self.group,
+            "last": dict(self.last),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> BlockLayout:
+        """The layout that `state_dict` described; other entries are left alone."""
+        return BlockLayout(
+            state["names"],
+            state["shapes"],
+            state["block_size"],
+            group=state.get("group", 1),
+            last=state.get("last"),
+        )
+
     @property
     def num_blocks(self) -> int:
         """K."""
@@ -103,7 +125,10 @@ class BlockLayout:
 
     def describe_block(self, b: int) -> str:
         """Which weights block b holds, as parameter[first:last] of the flattened parameter."""
-        start, stop = self.blocks[b].tolist()
+        return self.describe_range(*self.blocks[b].tolist())
+
+    def describe_range(self, start: int, stop: int) -> str:
+        """Which weights [start, stop) of the flat vector are, as parameter[first:last] of the flattened parameter."""
         if self.single_block and len(self.names) > 1:
             return f"{self.names[0]} ... {self.names[-1]} [{start}:{stop}]"
         name = next(name for name, (_, last) in self.parameter_ranges.items() if start < last)

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastfisher import ops
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.blocks import BlockLayout, padded
-from fastfisher.fisher.inverse import UPDATES, FisherInverse, check_weight, checked_vectors
+from fastfisher.fisher.inverse import UPDATES, FisherInverse, _absolute, check_weight, checked_vectors
 from fastfisher.fisher.parts import Part, block_ids
 
 AUX = ("exact", "sampled")
@@ -70,9 +70,7 @@ class BlockRoots:
 
     def describe(self, b: int) -> str:
         """The weights of a block, by parameter."""
-        start, stop = self.blocks[b].tolist()
-        name, (first, _) = next((n, r) for n, r in self.layout.parameter_ranges.items() if start < r[1])
-        return f"{name}[{start - first}:{stop - first}]"
+        return self.layout.describe_range(*self.blocks[b].tolist())
 
     def diag(self, out: Tensor) -> None:
         ops.factor_diagonal(self.root, self.blocks, out=out)
@@ -554,12 +552,7 @@ class FishLegInverse:
         options: those of `start`.
         """
         if damping_mode == "relative":
-            mean = float(grads.double().square().mean())
-            if not (mean > 0 and math.isfinite(mean)):
-                raise FastFisherError(
-                    f"damping_mode='relative' needs a positive, finite mean Fisher diagonal, got {mean:g}"
-                )
-            damping *= mean
+            damping = _absolute(damping, float(grads.double().square().mean()))
         dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
         made = cls.start(layout, damping=damping, dtype=dtype, device=grads.device, **options)
         made.fit(grads, held_out=held_out, max_steps=max_steps)
@@ -690,7 +683,7 @@ class FishLegInverse:
 
     def downdate(self, mask: Tensor) -> None:
         """Take the weights outside the mask [d] out of Q: exactly for blocks, where Q becomes the inverse of what is
-        left if it was that of all; tiles are masked, and fitted by the steps that follow.
+        left if it was that of all; tiles stay those of the whole layer, and `diag` and `mul` leave the weights out.
         """
         for form in self.forms:
             form.downdate(mask)
@@ -801,13 +794,8 @@ class FishLegInverse:
 
     def state_dict(self) -> dict[str, Any]:
         """All that `from_state_dict` needs: tensors, numbers and names that torch.load(weights_only=True) reads."""
-        layout = self.layout
         return {
-            "names": list(layout.names),
-            "shapes": [list(shape) for shape in layout.shapes],
-            "block_size": None if layout.single_block else layout.block_size,
-            "group": layout.group,
-            "last": dict(layout.last),
+            **self.layout.state_dict(),
             "parameterization": self.parameterization,
             "damping": self.damping,
             "horizon": self.horizon,
@@ -820,9 +808,7 @@ class FishLegInverse:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> FishLegInverse:
         """The inverse that `state_dict` described; the tensors are copied."""
-        layout = BlockLayout(
-            state["names"], state["shapes"], state["block_size"], group=state["group"], last=state["last"]
-        )
+        layout = BlockLayout.from_state_dict(state)
         live = state["live"].clone()
         forms: list[BlockRoots | KroneckerTiles] = []
         for form in state["forms"]:

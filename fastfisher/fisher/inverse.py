@@ -295,11 +295,7 @@ class FisherInverse:
     def state_dict(self) -> dict[str, Any]:
         """All that `from_state_dict` needs: tensors, numbers and names that torch.load(weights_only=True) reads."""
         return {
-            "names": list(self.layout.names),
-            "shapes": [list(shape) for shape in self.layout.shapes],
-            "block_size": None if self.layout.single_block else self.layout.block_size,
-            "group": self.layout.group,
-            "last": dict(self.layout.last),
+            **self.layout.state_dict(),
             "form": self.form,
             "damping": self.damping,
             "num_grads": self.num_grads,
@@ -322,13 +318,7 @@ class FisherInverse:
     def from_state_dict(cls, state: Mapping[str, Any]) -> FisherInverse:
         """The inverse that `state_dict` described; the tensors are shared, not copied."""
         return cls(
-            BlockLayout(
-                state["names"],
-                state["shapes"],
-                state["block_size"],
-                group=state.get("group", 1),
-                last=state.get("last"),
-            ),
+            BlockLayout.from_state_dict(state),
             [Part(**part) for part in state["parts"]],
             form=state["form"],
             damping=state["damping"],
