@@ -87,7 +87,8 @@ def problems() -> Iterator[tuple[str, str, tuple]]:
         return list(torch.zeros(2, count, dtype=torch.float64))
 
     k = 48
-    for state, half in ((torch.float32, torch.bfloat16), (torch.float64, torch.float32)):
+    half = torch.bfloat16
+    for state in (torch.float32, torch.float64):
         name = str(state).removeprefix("torch.")
         for B in (1, 8, 16, 32, 50, 100, 200):
             blocks, d = layout(B), 3 * B
@@ -109,6 +110,8 @@ def problems() -> Iterator[tuple[str, str, tuple]]:
             yield "fisher_accumulate_", case, (F, grads, blocks, k)
             yield "sherman_morrison_", case, (F, grads, blocks, k)
             yield "woodbury_", case, (F, grads, blocks, k)
+            if B in (50, 200):
+                yield "woodbury_", f"{case}, {half} gradients", (F, grads.to(half), blocks, k)
             weight, mask = torch.zeros(d, dtype=state), torch.zeros(d, dtype=torch.bool)
             yield "block_matvec", case, (F, None, blocks, 0.0, weight[:, None], weight[:, None].clone())
             yield "obs_update_", case, (weight, F, None, blocks, 0.0, weight.clone(), mask)

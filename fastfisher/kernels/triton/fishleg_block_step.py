@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastfisher.kernels.triton import tuning
 from fastfisher.kernels.triton.launch import block_groups, launch, power_of_two
-from fastfisher.kernels.triton.tiles import block_range, grads_tile, matmul
+from fastfisher.kernels.triton.tiles import as_type, block_range, grads_tile, matmul
 
 ON_CHIP = {4: 64, 8: 32}  # largest block that one program holds, by bytes of a number
 POWER_STEPS = 3
@@ -84,7 +84,7 @@ def _on_chip(
     M = matmul(tl.trans(R), R, PRECISION) * tl.full([], damping, tl.float64).to(T)
     scale = (1 / tl.sqrt(tl.full([], num_grads, tl.float64))).to(T)
     for row in range(0, num_rows, ROWS):
-        G = grads_tile(grads, stride, row, num_rows, start, 0, n, ROWS, BP).to(T)
+        G = as_type(grads_tile(grads, stride, row, num_rows, start, 0, n, ROWS, BP), T)
         Z = matmul(G, R, PRECISION) * scale  # [ROWS, BP]
         M += matmul(tl.trans(Z), Z, PRECISION)
     begin = _equal_entries(i, n, T)
@@ -135,7 +135,7 @@ def _project(
     start, n = block_range(blocks, b)
     total = tl.zeros([ROWS, TILE], T)
     for first in range(0, n, TILE):
-        G = grads_tile(grads, stride, row, num_rows, start, first, n, ROWS, TILE).to(T)
+        G = as_type(grads_tile(grads, stride, row, num_rows, start, first, n, ROWS, TILE), T)
         total += matmul(G, _tile(root, b, first, column, n, B, TILE, TILE), PRECISION)
     a, c = row + tl.arange(0, ROWS), column + tl.arange(0, TILE)
     scale = (1 / tl.sqrt(tl.full([], num_grads, tl.float64))).to(T)

@@ -15,6 +15,7 @@ from fastfisher.kernels.triton import small, tuning
 from fastfisher.kernels.triton.inverse_from_grads import fits_on_chip
 from fastfisher.kernels.triton.launch import launch, power_of_two
 from fastfisher.kernels.triton.tiles import (
+    as_type,
     block_range,
     cholesky_inverse,
     cholesky_inverse_by_panels,
@@ -79,7 +80,7 @@ def _rank_k_steps(
     F = tl.load(at, mask=inside, other=0.0)
     failures = 0
     for row in range(0, num_rows, ROWS):
-        G = grads_tile(grads, stride, row, num_rows, start, 0, n, ROWS, BP).to(T)
+        G = as_type(grads_tile(grads, stride, row, num_rows, start, 0, n, ROWS, BP), T)
         V = matmul(F, tl.trans(G), "ieee")  # [BP, ROWS]
         C = matmul(G, V, "ieee")
         C = tl.where(r[:, None] == r[None, :], C + tl.full([], num_grads, T), C)
@@ -117,7 +118,7 @@ def _products(
             mask=(i < n)[:, None] & (j < n)[None, :],
             other=0.0,
         )
-        G = grads_tile(grads, stride, row, num_rows, start, first, n, ROWS, TILE).to(T)
+        G = as_type(grads_tile(grads, stride, row, num_rows, start, first, n, ROWS, TILE), T)
         total += matmul(F, tl.trans(G), "ieee")
     r = tl.arange(0, ROWS)
     tl.store(V + (b * B + i)[:, None] * ROWS + r[None, :], total, mask=(i < B)[:, None])
@@ -146,7 +147,7 @@ def _capacitance(
     C = tl.zeros([ROWS, ROWS], T)
     for first in range(0, n, TILE):
         j = first + tl.arange(0, TILE)
-        G = grads_tile(grads, stride, row, num_rows, start, first, n, ROWS, TILE).to(T)
+        G = as_type(grads_tile(grads, stride, row, num_rows, start, first, n, ROWS, TILE), T)
         V_j = tl.load(V + (b * B + j)[:, None] * ROWS + r[None, :], mask=(j < n)[:, None], other=0.0)
         C += matmul(G, V_j, "ieee")
     C = tl.where(r[:, None] == r[None, :], C + tl.full([], num_grads, T), C)

@@ -78,8 +78,17 @@ def as_float64(tile):
 
 
 @triton.jit
+def as_type(tile, T: tl.constexpr):
+    """A tile of gradients as a factor of a product with numbers of type T."""
+    if tl.float64 == T:
+        return as_float64(tile)
+    else:
+        return tile.to(T)
+
+
+@triton.jit
 def as_operand(tile, T: tl.constexpr):
-    """A tile of gradients as a factor of a product summed in T.
+    """A tile of gradients as a factor of a product with gradients, summed in T.
 
     Products of half precision are exact in float32 and stay what they are: the matrix units take them as such.
     """
