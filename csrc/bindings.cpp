@@ -90,6 +90,30 @@ void define_cuda(py::module_& module) {
             check(ff::cuda::sherman_morrison(at<T>(f_inv), g, blocks, num_grads, {device, at<void>(stream)}));
         });
     });
+    module.def("cuda_fisher_accumulate", [=](int device, Address stream, bool is_double, Address fisher,
+                                             ff::Gradients g, ff::Blocks blocks, double num_grads) {
+        with_state_type(is_double, [&](auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            check(ff::cuda::fisher_accumulate(at<T>(fisher), g, blocks, num_grads, {device, at<void>(stream)}));
+        });
+    });
+    module.def("cuda_fishleg_block_step", [=](int device, Address stream, bool is_double, Address root, Address top,
+                                              ff::Gradients g, ff::Blocks blocks, double num_grads, double damping,
+                                              double rate, Address loss, Address largest) {
+        with_state_type(is_double, [&](auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            check(ff::cuda::fishleg_block_step(at<T>(root), at<T>(top), g, blocks, num_grads, damping, rate,
+                                               at<double>(loss), at<double>(largest), {device, at<void>(stream)}));
+        });
+    });
+    module.def("cuda_obs_solve", [=](int device, Address stream, bool is_double, Address weight, Address f_inv,
+                                     ff::Blocks blocks, Address mask, Address failed) {
+        with_state_type(is_double, [&](auto* t) {
+            using T = std::remove_pointer_t<decltype(t)>;
+            check(ff::cuda::obs_solve(at<T>(weight), at<const T>(f_inv), blocks, at<const uint8_t>(mask),
+                                      at<uint8_t>(failed), {device, at<void>(stream)}));
+        });
+    });
 }
 #endif
 

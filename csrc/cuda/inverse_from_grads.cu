@@ -1,15 +1,15 @@
-// f_inv [K, B, B], or inv_diag [d], <- (damping I + G^T G / m)^-1 straight from the gradients, for blocks of more than
-// 128 weights: the Fisher is summed up in the registers in which it is then inverted (sweep.cuh), and never written.
+// f_inv [K, B, B], or inv_diag [d], <- (damping I + G^T G / m)^-1 straight from the gradients: the Fisher is summed up
+// in the registers in which it is then inverted (sweep.cuh), and never written.
 //
 // Floor: (m B^2 + B^3) / 2 multiply-adds, 128 a cycle and multiprocessor on sm_90 and sm_100; next to them the m B
 // gradients and the B^2 results hardly count.
-// Predicted from the instructions of sm_90, for no GPU was at hand: for a block of 256, 410 cycles a gradient (62 % of
-// the floor) and 133,000 for the inverse; 57 % of the floor at m = 512.
+// Predicted from the instructions of sm_90 for a block of 256: 410 cycles a gradient (62 % of the floor) and 133,000
+// for the inverse; 57 % of the floor at m = 512. Measured on an H200 at m = 256: 43 %.
 //
 // Triton does not get there: a Gram matrix [256, 256] with both triangles fills all registers of a multiprocessor, so
-// it must be summed up in parts, written, and read again to be inverted. Its matrix units would sum faster than this
-// does, but not in IEEE float32.
-#include "gradients.cuh"
+// that it must be summed up in parts, written, and read again to be inverted; and a smaller one is padded to a power of
+// two and swept by masks. Measured there: 5.7 times this at B = 256.
+#include "gram.cuh"
 #include "sweep.cuh"
 
 namespace ff {
@@ -27,54 +27,6 @@ struct Args {
     Estimates estimates;
 };
 
-constexpr int ROWS = 8;        // gradients on chip at a time; as many are on their way
-constexpr int TOGETHER = 128;  // gradients summed up in one go
-
-// Shared memory while gradients are summed up; the sweep has it afterwards.
-template <class Tl>
-struct GramShared {
-    using T = typename Tl::T;
-    T gradients[2][ROWS * Tl::PITCH];
-    T sums[1];  // of the gradients before, tile by tile as publish_tile leaves them; there only if they are needed
-
-    static constexpr int tiles(int size) { return Tl::tiles(size) * (Tl::tiles(size) + 1) / 2; }
-    static constexpr size_t bytes(int size, int64_t rows) {
-        const size_t sums = rows > TOGETHER ? tiles(size) * Tl::TILE * sizeof(T) : 0;
-        return sizeof gradients + sums;
-    }
-};
-
-// s <- the sum of g g^T over all gradients, restricted to the n weights at `start`. One running sum over thousands of
-// gradients would lose digits to its own size; so every TOGETHER of them are summed up on their own, and added to the
-// sum before, which waits in shared memory.
-template <class Tl>
-__device__ void gram(Tile<Tl>& s, GramShared<Tl>& shared, const Gradients& grads, int64_t start, int n, Team team) {
-    const int column = team.rank;
-    const bool staging = column < Tl::tiles(n) * Tl::N;
-    const int place = s.I * (s.I + 1) / 2 + s.J;
-    GradientColumn<typename Tl::T, ROWS> next;
-    s.fill(0);
-    next.fetch(grads, 0, start + column, column < n);
-    if (staging) next.put(shared.gradients[0] + Tl::slot(column), Tl::PITCH, grads.dtype);
-    __syncthreads();
-    int side = 0;
-    for (int64_t row = 0; row < grads.rows; row += ROWS) {
-        const int64_t done = row + ROWS;
-        next.fetch(grads, done, start + column, column < n);
-        s.template add_outer<ROWS>(shared.gradients[side]);
-        side ^= 1;
-        if (staging) next.put(shared.gradients[side] + Tl::slot(column), Tl::PITCH, grads.dtype);
-        if (s.I != Tile<Tl>::NONE && (done % TOGETHER == 0 || done >= grads.rows)) {
-            if (done > TOGETHER) s.add_tile(shared.sums, place);
-            if (done < grads.rows) {
-                publish_tile<Tl>(shared.sums, place, [&](int i, int j) { return s.a[i][j]; });
-                s.fill(0);
-            }
-        }
-        __syncthreads();
-    }
-}
-
 // What lies outside of [n, n] in a block [B, B].
 template <class T>
 __device__ void write_padding(T* block, int B, int n, Team team, T on_diagonal, bool usable) {
@@ -83,14 +35,14 @@ __device__ void write_padding(T* block, int B, int n, Team team, T on_diagonal, 
             block[static_cast<int64_t>(i) * B + j] = usable ? (i == j ? on_diagonal : T(0)) : T(NAN);
 }
 
-template <class Tl>
-__global__ void __launch_bounds__(Tl::MAX_THREADS) inverse_from_grads_kernel(Args<typename Tl::T> args) {
+template <class Tl, int RESIDENT>
+__global__ void __launch_bounds__(Tl::MAX_THREADS, RESIDENT) inverse_from_grads_kernel(Args<typename Tl::T> args) {
     using T = typename Tl::T;
     constexpr int N = Tl::N;
     SweepShared<Tl>& shared = *shared_memory<SweepShared<Tl>>();
     const int64_t b = blockIdx.x, start = args.range[2 * b];
     const int n = static_cast<int>(args.range[2 * b + 1] - start), B = args.size, bands = Tl::tiles(n);
-    const Team team = {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+    const Team team = whole_block();
 
     Tile<Tl> s(team, n);
     gram(s, *shared_memory<GramShared<Tl>>(), args.grads, start, n, team);
@@ -116,8 +68,7 @@ __global__ void __launch_bounds__(Tl::MAX_THREADS) inverse_from_grads_kernel(Arg
 template <class T>
 int inverse_from_grads(T* f_inv, T* inv_diag, Gradients grads, Blocks blocks, double num_grads, double damping,
                        Estimates estimates, Where where) {
-    using Tl = Largest<T>;
-    if (blocks.size > Tl::MAX_B) return cudaErrorInvalidValue;
+    if (blocks.size > LARGEST_BLOCK<T>) return cudaErrorInvalidValue;
     const int size = static_cast<int>(blocks.size);
     const Args<T> args = {f_inv,
                           inv_diag,
@@ -128,9 +79,12 @@ int inverse_from_grads(T* f_inv, T* inv_diag, Gradients grads, Blocks blocks, do
                           static_cast<T>(1 / num_grads),
                           static_cast<T>(1 / damping),
                           estimates};
-    const size_t bytes = GramShared<Tl>::bytes(size, grads.rows);
-    return launch(inverse_from_grads_kernel<Tl>, blocks.count, Tl::launched(size),
-                  bytes > sizeof(SweepShared<Tl>) ? bytes : sizeof(SweepShared<Tl>), args, where);
+    return with_cut(static_cast<const T*>(nullptr), size, [&](auto cut) {
+        using Tl = typename decltype(cut)::Tl;
+        const size_t gram_bytes = GramShared<Tl>::bytes(size, grads.rows), sweep_bytes = sizeof(SweepShared<Tl>);
+        return launch(inverse_from_grads_kernel<Tl, decltype(cut)::RESIDENT>, blocks.count, Tl::launched(size),
+                      gram_bytes > sweep_bytes ? gram_bytes : sweep_bytes, args, where);
+    });
 }
 
 template int inverse_from_grads(float*, float*, Gradients, Blocks, double, double, Estimates, Where);

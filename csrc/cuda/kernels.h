@@ -40,6 +40,25 @@ int inverse_from_grads(T* f_inv, T* inv_diag, Gradients, Blocks, double num_grad
 template <class T>
 int sherman_morrison(T* f_inv, Gradients, Blocks, double num_grads, Where);
 
+// fisher [K, B, B], lower triangles, += G^T G / m.
+template <class T>
+int fisher_accumulate(T* fisher, Gradients, Blocks, double num_grads, Where);
+
+// weight_R <- w_R - F^-1[R, Q] (F^-1[Q, Q])^-1 w_Q, weight_Q <- 0, where the mask of Q is 0; a block that failed, whose
+// flag becomes 1, stays as it was. Blocks of float32 as well fit only where float64 ones do.
+template <class T>
+int obs_solve(T* weight, const T* f_inv, Blocks, const uint8_t* mask, uint8_t* failed, Where);
+
+// The largest B that fishleg_block_step takes.
+constexpr int64_t LARGEST_STEP = 64;
+
+// R <- R - eta (R M - R), M = Z^T Z / m + damping R^T R, Z = G R, eta = rate / 2 / max(1, 1.1 lambda); root [K, B, B].
+// top [K, B]: the vector that the power iteration for lambda begins and ends with. loss, largest [K]: the loss before
+// the step and lambda, both +inf where one is not finite; root and top then stay as they were.
+template <class T>
+int fishleg_block_step(T* root, T* top, Gradients, Blocks, double num_grads, double damping, double rate, double* loss,
+                       double* largest, Where);
+
 // What went wrong, for a code returned by the functions above.
 const char* error_text(int code);
 

@@ -42,11 +42,11 @@ struct Tiling {
     static __host__ __device__ constexpr int threads(int64_t n) {
         return (DIAGONAL_WARP ? WARP : tiles(n)) + tiles(n) * (tiles(n) - 1) / 2;
     }
-    static constexpr int MAX_THREADS = round_up(threads(MAX_B), WARP);
     // Threads to launch for one matrix a thread block, one for each of its rows at least.
-    static constexpr int launched(int64_t n) {
+    static __host__ __device__ constexpr int launched(int64_t n) {
         return round_up(threads(n) < tiles(n) * N ? tiles(n) * N : threads(n), WARP);
     }
+    static constexpr int MAX_THREADS = launched(MAX_B);
 
     // Where element i of a vector lies.
     static __device__ int slot(int i) { return i % N / PACK * PLANE + i / N * PACK + i % PACK; }
@@ -56,6 +56,32 @@ struct Tiling {
 // numbers, 8 warps with 255 registers 22 x 22 tiles of 8 x 8 float64 numbers.
 template <class T>
 using Largest = std::conditional_t<sizeof(T) == 4, Tiling<T, 10, 256, true>, Tiling<T, 8, 176, false>>;
+
+// A way of cutting a block into tiles, and how many thread blocks of it are to fit on a multiprocessor.
+template <class Tl_, int RESIDENT_>
+struct Cut {
+    using Tl = Tl_;
+    static constexpr int RESIDENT = RESIDENT_;
+};
+
+// f(the cut for blocks of so many weights). The tiles of a block should fill whole warps, or nearly: 4 x 4 of them for
+// 16, 6 x 6 for 36, 7 x 7 for 56 and 70 weights make 10, 21 and twice 28 threads.
+template <class F>
+int with_cut(const float*, int64_t size, F f) {
+    if (size <= 16) return f(Cut<Tiling<float, 4, 16, false>, 24>());
+    if (size <= 36) return f(Cut<Tiling<float, 6, 36, false>, 10>());
+    if (size <= 56) return f(Cut<Tiling<float, 8, 56, false>, 8>());
+    if (size <= 70) return f(Cut<Tiling<float, 10, 70, false>, 4>());
+    if (size <= 128) return f(Cut<Tiling<float, 8, 128, true>, 3>());
+    return f(Cut<Largest<float>, 1>());
+}
+
+template <class F>
+int with_cut(const double*, int64_t size, F f) {
+    if (size <= 16) return f(Cut<Tiling<double, 4, 16, false>, 16>());
+    if (size <= 64) return f(Cut<Tiling<double, 4, 64, false>, 3>());
+    return f(Cut<Largest<double>, 1>());
+}
 
 template <class T, int PACK>
 struct alignas(PACK * sizeof(T)) Pack {
@@ -122,6 +148,14 @@ struct Team {
     int rank, size;
     __device__ bool leads() const { return size > 0 && rank == 0; }
 };
+
+// All threads of a thread block. Those with tiles are the first ones by rank, and an idle warp may be left behind them;
+// the ranks of thread blocks that run beside each other begin at different warps, because a multiprocessor binds warps
+// to its four schedulers by their place.
+__device__ inline Team whole_block() {
+    const unsigned warps = blockDim.x / WARP;
+    return {static_cast<int>((threadIdx.x + blockIdx.x % warps * WARP) % blockDim.x), static_cast<int>(blockDim.x)};
+}
 
 // One thread's part of a matrix: tile (I, J), J <= I.
 template <class Tl>

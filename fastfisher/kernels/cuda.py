@@ -12,19 +12,31 @@ from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
+from torch import Tensor
+
+
+def _edge(state: Tensor, *_: object) -> int:
+    return state.shape[-1]
+
 
 # The op, and where in its arguments B is found; the dtype that counts is that of the first argument.
 BLOCK_SIZE: dict[str, Callable[..., int]] = {
-    "spd_inverse_": lambda matrix, *_: matrix.shape[-1],
-    "sherman_morrison_": lambda f_inv, *_: f_inv.shape[-1],
-    "inverse_from_grads": lambda f_inv, *_: f_inv.shape[-1],
+    "spd_inverse_": _edge,
+    "sherman_morrison_": _edge,
+    "woodbury_": _edge,
+    "fisher_accumulate_": _edge,
+    "fishleg_block_step_": _edge,
+    "inverse_from_grads": _edge,
     "inverse_diagonal_from_grads": lambda inv_diag, grads, blocks, block_size, *_: block_size,
+    "obs_solve_": lambda weight, state, *_: state.shape[-1],
 }
 LARGEST = {torch.float32: 256, torch.float64: 176}  # ff::cuda::LARGEST_BLOCK
+LARGEST_STEP = 64  # ff::cuda::LARGEST_STEP
 SUMS_BYTES = (
     160 << 10
-)  # shared memory of a multiprocessor that lets a block keep its sums of many gradients there
-LEFT_TO_TRITON = 128  # up to this B its kernels of the streaming ops hold a block on chip as well
+)  # shared memory of a multiprocessor that lets a large block keep sums of many gradients there
+LARGE = {torch.float32: 128, torch.float64: 64}  # up to this B the sums fit anywhere
+SUMMING = ("inverse_from_grads", "inverse_diagonal_from_grads", "fisher_accumulate_")
 
 
 def _import(name: str) -> ModuleType | None:
@@ -73,19 +85,38 @@ def _sums_reason(device: torch.device) -> str | None:
 def too_large(op: str, *args: object) -> str | None:
     """Why a block of this call does not fit on chip, or None."""
     dtype, block_size = args[0].dtype, BLOCK_SIZE[op](*args)  # type: ignore[attr-defined]
-    if block_size <= LARGEST[dtype]:
+    if op == "obs_solve_":
+        dtype = torch.float64  # it computes in it
+    largest = LARGEST_STEP if op == "fishleg_block_step_" else LARGEST[dtype]
+    if block_size <= largest:
         return None
     name = str(dtype).removeprefix("torch.")
-    return f"a block of {name} fits on chip up to B = {LARGEST[dtype]}, got {block_size}"
+    return f"a block of {name} fits on chip up to B = {largest}, got {block_size}"
+
+
+def _form_reason(op: str, *args: object) -> str | None:
+    if op != "obs_solve_":
+        return None
+    weight, state, factor, *_ = args
+    if factor is not None:
+        return "it has no kernel for the dual form"
+    if weight.dtype != state.dtype:  # type: ignore[attr-defined]
+        return f"it takes weights of the dtype of the inverse, got {weight.dtype} and {state.dtype}"  # type: ignore[attr-defined]
+    return None
+
+
+def unfit(op: str, *args: object) -> str | None:
+    """Why the kernels cannot take this call, on whatever GPU, or None."""
+    return _form_reason(op, *args) or too_large(op, *args)
 
 
 def why_not(op: str, *args: object) -> str | None:
     """None when the kernel of an op can run on these arguments, which lie on a GPU, else the reason."""
-    if op != "spd_inverse_" and BLOCK_SIZE[op](*args) <= LEFT_TO_TRITON:
-        return f"it is for B > {LEFT_TO_TRITON}, got {BLOCK_SIZE[op](*args)}"
     device = args[0].device  # type: ignore[attr-defined]
-    reason = too_large(op, *args) or _device_reason(device)
-    return reason or (_sums_reason(device) if op.startswith("inverse_") else None)
+    reason = unfit(op, *args) or _device_reason(device)
+    if reason is None and op in SUMMING and BLOCK_SIZE[op](*args) > LARGE[args[0].dtype]:  # type: ignore[attr-defined]
+        return _sums_reason(device)
+    return reason
 
 
 def kernel(name: str, device: torch.device) -> Callable[..., None]:

@@ -133,14 +133,15 @@ def _sherman_morrison(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: i
     )
 
 
-@implement("woodbury_", "native", why_not)
+@implement("woodbury_", "native", _also_on_gpu("woodbury_"))
 def _woodbury(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
-    _kernel("woodbury")(
+    # on a GPU one gradient after the other is faster, and the same to rounding
+    _kernel("sherman_morrison" if f_inv.is_cuda else "woodbury", f_inv)(
         _is_double(f_inv), f_inv.data_ptr(), _grads(grads), _blocks(blocks, f_inv.shape[-1]), num_grads
     )
 
 
-@implement("fishleg_block_step_", "native", why_not)
+@implement("fishleg_block_step_", "native", _also_on_gpu("fishleg_block_step_"))
 def _fishleg_block_step(
     root: Tensor,
     top: Tensor,
@@ -152,7 +153,7 @@ def _fishleg_block_step(
     loss: Tensor,
     largest: Tensor,
 ) -> None:
-    _kernel("fishleg_block_step")(
+    _kernel("fishleg_block_step", root)(
         _is_double(root),
         root.data_ptr(),
         top.data_ptr(),
@@ -166,9 +167,9 @@ def _fishleg_block_step(
     )
 
 
-@implement("fisher_accumulate_", "native", why_not)
+@implement("fisher_accumulate_", "native", _also_on_gpu("fisher_accumulate_"))
 def _fisher_accumulate(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
-    _kernel("fisher_accumulate")(
+    _kernel("fisher_accumulate", fisher)(
         _is_double(fisher), fisher.data_ptr(), _grads(grads), _blocks(blocks, fisher.shape[-1]), num_grads
     )
 
@@ -437,7 +438,7 @@ def _obs_eliminate(
     _kernel("obs_eliminate")(_is_double(weight), *written, *primal, *rules)
 
 
-@implement("obs_solve_", "native", why_not)
+@implement("obs_solve_", "native", _also_on_gpu("obs_solve_"))
 def _obs_solve(
     weight: Tensor,
     state: Tensor,
@@ -462,7 +463,7 @@ def _obs_solve(
         return
     dtype = _widest(weight, state)
     updated, state = weight.to(dtype), state.to(dtype)
-    _kernel("obs_solve")(
+    _kernel("obs_solve", updated)(
         _is_double(updated),
         updated.data_ptr(),
         state.data_ptr(),

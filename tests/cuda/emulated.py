@@ -127,6 +127,56 @@ def sherman_morrison_(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: i
     )
 
 
+# On a GPU the native backend takes one gradient after the other.
+def woodbury_(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
+    """As the op."""
+    sherman_morrison_(f_inv, grads, blocks, num_grads)
+
+
+def fisher_accumulate_(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
+    """As the op."""
+    count, size = fisher.shape[:2]
+    _call(
+        "fisher_accumulate",
+        *(_is_double(fisher), fisher, *_grads(grads), blocks, count, size, float(num_grads)),
+    )
+
+
+def fishleg_block_step_(
+    root: Tensor,
+    top: Tensor,
+    grads: Tensor,
+    blocks: Tensor,
+    num_grads: int,
+    damping: float,
+    rate: float,
+    loss: Tensor,
+    largest: Tensor,
+) -> None:
+    """As the op."""
+    count, size = root.shape[:2]
+    _call(
+        "fishleg_block_step",
+        *(_is_double(root), root, top, *_grads(grads), blocks, count, size),
+        *(float(num_grads), float(damping), float(rate), loss, largest),
+    )
+
+
+def obs_solve_(
+    weight: Tensor,
+    state: Tensor,
+    factor: Tensor | None,
+    blocks: Tensor,
+    num_grads: int,
+    damping: float,
+    mask: Tensor,
+    failed: Tensor,
+) -> None:
+    """As the op."""
+    count, size = state.shape[:2]
+    _call("obs_solve", _is_double(weight), weight, state, blocks, count, size, mask, failed)
+
+
 def inverse_from_grads(
     f_inv: Tensor,
     grads: Tensor,
@@ -165,7 +215,16 @@ def inverse_diagonal_from_grads(
 
 OPS = {
     function.__name__: function
-    for function in (spd_inverse_, sherman_morrison_, inverse_from_grads, inverse_diagonal_from_grads)
+    for function in (
+        spd_inverse_,
+        sherman_morrison_,
+        woodbury_,
+        fisher_accumulate_,
+        fishleg_block_step_,
+        obs_solve_,
+        inverse_from_grads,
+        inverse_diagonal_from_grads,
+    )
 }
 
 
@@ -173,7 +232,7 @@ def why_not(op: str, *args: object) -> str | None:
     """Why the emulated GPU cannot run this call, or None."""
     if op not in OPS:
         return "it has no CUDA kernel"
-    return cuda.too_large(op, *args) or missing()
+    return cuda.unfit(op, *args) or missing()
 
 
 def run(op: str, *args: object) -> None:

@@ -49,4 +49,32 @@ int sherman_morrison(bool is_double, void* f_inv, const void* grads, int dtype, 
                      : ff::cuda::sherman_morrison(static_cast<float*>(f_inv), g, blocks, num_grads, HERE);
 }
 
+int fisher_accumulate(bool is_double, void* fisher, const void* grads, int dtype, int64_t rows, int64_t row_stride,
+                      const int64_t* range, int64_t count, int64_t size, double num_grads) {
+    const Gradients g = {grads, static_cast<DType>(dtype), rows, row_stride};
+    const Blocks blocks = {range, count, size};
+    return is_double ? ff::cuda::fisher_accumulate(static_cast<double*>(fisher), g, blocks, num_grads, HERE)
+                     : ff::cuda::fisher_accumulate(static_cast<float*>(fisher), g, blocks, num_grads, HERE);
+}
+
+int fishleg_block_step(bool is_double, void* root, void* top, const void* grads, int dtype, int64_t rows,
+                       int64_t row_stride, const int64_t* range, int64_t count, int64_t size, double num_grads,
+                       double damping, double rate, double* loss, double* largest) {
+    const Gradients g = {grads, static_cast<DType>(dtype), rows, row_stride};
+    const Blocks blocks = {range, count, size};
+    return is_double ? ff::cuda::fishleg_block_step(static_cast<double*>(root), static_cast<double*>(top), g, blocks,
+                                                    num_grads, damping, rate, loss, largest, HERE)
+                     : ff::cuda::fishleg_block_step(static_cast<float*>(root), static_cast<float*>(top), g, blocks,
+                                                    num_grads, damping, rate, loss, largest, HERE);
+}
+
+int obs_solve(bool is_double, void* weight, const void* f_inv, const int64_t* range, int64_t count, int64_t size,
+              const uint8_t* mask, uint8_t* failed) {
+    const Blocks blocks = {range, count, size};
+    return is_double ? ff::cuda::obs_solve(static_cast<double*>(weight), static_cast<const double*>(f_inv), blocks,
+                                           mask, failed, HERE)
+                     : ff::cuda::obs_solve(static_cast<float*>(weight), static_cast<const float*>(f_inv), blocks, mask,
+                                           failed, HERE);
+}
+
 }  // extern "C"

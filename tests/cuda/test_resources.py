@@ -25,11 +25,14 @@ SHARED_MEMORY = {"80": 164 << 10, "90": 228 << 10, "100": 228 << 10}
 
 # The op, the dtype and the largest B of every way of cutting a block into tiles.
 Kernel = tuple[str, torch.dtype, int]
+STREAMING = ("inverse_from_grads", "sherman_morrison", "fisher_accumulate")
 KERNELS: list[Kernel] = [
     *(("spd_inverse", torch.float32, B) for B in (16, 64, 128, 256)),
     *(("spd_inverse", torch.float64, B) for B in (64, 176)),
-    *((op, torch.float32, 256) for op in ("inverse_from_grads", "sherman_morrison")),
-    *((op, torch.float64, 176) for op in ("inverse_from_grads", "sherman_morrison")),
+    *((op, torch.float32, B) for op in STREAMING for B in (16, 36, 56, 70, 128, 256)),
+    *((op, torch.float64, B) for op in (*STREAMING, "obs_solve") for B in (16, 64, 176)),
+    *(("fishleg_block_step", torch.float32, B) for B in (16, 36, 56, 64)),
+    *(("fishleg_block_step", torch.float64, B) for B in (16, 64)),
 ]
 
 
@@ -88,10 +91,18 @@ def launch(op: str, dtype: torch.dtype, size: int) -> tuple[int, int]:
     else:
         state, grads = torch.eye(size, dtype=dtype)[None], torch.ones(129, size)
         blocks = torch.tensor([[0, size]])
+        estimates = torch.empty(2, 1, dtype=torch.float64)
         if op == "sherman_morrison":
             emulated.sherman_morrison_(state, grads, blocks, 129)
+        elif op == "fisher_accumulate":
+            emulated.fisher_accumulate_(state, grads, blocks, 129)
+        elif op == "obs_solve":
+            mask, failed = torch.zeros(size, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
+            emulated.obs_solve_(torch.ones(size, dtype=dtype), state, None, blocks, 1, 1.0, mask, failed)
+        elif op == "fishleg_block_step":
+            top = torch.ones(1, size, dtype=dtype)
+            emulated.fishleg_block_step_(state, top, grads, blocks, 129, 1.0, 1.0, *estimates)
         else:
-            estimates = torch.empty(2, 1, dtype=torch.float64)
             emulated.inverse_from_grads(state, grads, blocks, 129, 1.0, *estimates)
     return emulated.last_launch()
 

@@ -204,7 +204,9 @@ def test_pruning_follows_the_model(way: dict[str, object]) -> None:
         assert report.num_zeros == round((2 / 3 if "pattern" in way else 0.7) * (216 + 1440))
         pruned.append(torch.cat([p.detach().cpu().flatten() == 0 for p in model.parameters()]))
         with torch.no_grad():
-            found = [torch.nn.functional.cross_entropy(model(x.to(device)), y.to(device)) for x, y in batches()]
+            found = [
+                torch.nn.functional.cross_entropy(model(x.to(device)), y.to(device)) for x, y in batches()
+            ]
         losses.append(float(torch.stack(found).mean()))
     assert (pruned[0] != pruned[1]).float().mean() < 0.03  # gradients of the two differ by rounding
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
