@@ -21,7 +21,8 @@ struct Args {
 };
 
 template <class Tl, int RESIDENT>
-__global__ void __launch_bounds__(Tl::MAX_THREADS, RESIDENT) fisher_accumulate_kernel(Args<typename Tl::T> args) {
+__global__ void __launch_bounds__(summing_threads<Tl>(Tl::MAX_B), RESIDENT)
+    fisher_accumulate_kernel(Args<typename Tl::T> args) {
     constexpr int N = Tl::N;
     const int64_t b = blockIdx.x, start = args.range[2 * b];
     const int n = static_cast<int>(args.range[2 * b + 1] - start), B = args.size;
@@ -48,9 +49,9 @@ int fisher_accumulate(T* fisher, Gradients grads, Blocks blocks, double num_grad
     if (blocks.size > LARGEST_BLOCK<T>) return cudaErrorInvalidValue;
     const int size = static_cast<int>(blocks.size);
     const Args<T> args = {fisher, grads, blocks.range, size, static_cast<T>(1 / num_grads)};
-    return with_cut(fisher, size, [&](auto cut) {
+    return with_summing_cut(fisher, size, [&](auto cut) {
         using Tl = typename decltype(cut)::Tl;
-        return launch(fisher_accumulate_kernel<Tl, decltype(cut)::RESIDENT>, blocks.count, Tl::launched(size),
+        return launch(fisher_accumulate_kernel<Tl, decltype(cut)::RESIDENT>, blocks.count, summing_threads<Tl>(size),
                       GramShared<Tl>::bytes(size, grads.rows), args, where);
     });
 }

@@ -87,7 +87,7 @@ __device__ void load_half(const typename Tl::T* from, typename Tl::T (&x)[HALF<T
 // shared.rows <- R, zeros up to whole tiles.
 template <class Tl>
 __device__ void read_rows(Shared<Tl>& shared, const typename Tl::T* block, int B, int n, Team team) {
-    constexpr int AHEAD = 8;
+    constexpr int AHEAD = 16;
     const int column = team.rank, length = Tl::tiles(n) * Tl::N;
     if (column >= length) return;
     typename Tl::T* const to = shared.rows + Tl::slot(column);
@@ -115,17 +115,21 @@ __device__ void read_gradients(Shared<Tl>& shared, const Gradients& grads, int64
     }
 }
 
+// Sets of threads that each hold all tiles of M and sum up their share of the rows.
+template <class Tl>
+constexpr int GROUPS = Tl::MAX_THREADS >= 2 * round_up(Tl::threads(Tl::MAX_B), WARP) ? 2 : 1;
+
 // s <- M. Every thread of the block must call it.
 template <class Tl>
 __device__ void step_matrix(Tile<Tl>& s, Shared<Tl>& shared, const Args<typename Tl::T>& args, int64_t start, int n,
-                            Team team) {
+                            int group, Team team) {
     using T = typename Tl::T;
     constexpr int N = Tl::N, ROWS = Shared<Tl>::ROWS, PITCH = Shared<Tl>::GRADIENT_PITCH;
     const int tiles = Tl::tiles(n), I = team.rank / tiles, J = team.rank % tiles;
     const T factor = static_cast<T>(1 / sqrt(args.num_grads));
     read_gradients<Tl, ROWS>(shared, args.grads, 0, start, n, team);  // before the tile takes its registers
     s.fill(0);
-    for (int i = 0; i < tiles; ++i) s.template add_outer<N>(shared.rows + i * N * Tl::PITCH);
+    for (int i = group; i < tiles; i += GROUPS<Tl>) s.template add_outer<N>(shared.rows + i * N * Tl::PITCH);
     s.scale(static_cast<T>(args.damping));
     for (int64_t row = 0; row < args.grads.rows; row += ROWS) {
         if (row > 0) read_gradients<Tl, ROWS / 4>(shared, args.grads, row, start, n, team);
@@ -136,7 +140,7 @@ __device__ void step_matrix(Tile<Tl>& s, Shared<Tl>& shared, const Args<typename
             for (int i = 0; i < HALF<Tl>; ++i)
 #pragma unroll
                 for (int j = 0; j < N; ++j) z[i][j] = 0;
-#pragma unroll 1
+#pragma unroll 2
             for (int k = 0; k < n; ++k) {
                 load_half<Tl>(shared.gradients() + k * PITCH + I * HALF<Tl>, x);
                 load<Tl>(shared.rows + k * Tl::PITCH, J, y);
@@ -153,7 +157,16 @@ __device__ void step_matrix(Tile<Tl>& s, Shared<Tl>& shared, const Args<typename
             }
         }
         __syncthreads();
-        s.template add_outer<ROWS>(shared.z());
+        s.template add_outer<ROWS / GROUPS<Tl>>(shared.z() + group * (ROWS / GROUPS<Tl> * Tl::PITCH));
+        __syncthreads();
+    }
+    if (GROUPS<Tl> > 1) {
+        const int place = s.I * (s.I + 1) / 2 + s.J;
+        const bool live = s.I != Tile<Tl>::NONE;
+        if (live && group > 0) publish_tile<Tl>(shared.work, place, [&](int i, int j) { return s.a[i][j]; });
+        __syncthreads();
+        if (live && group == 0) s.add_tile(shared.work, place);
+        if (group > 0) s.I = s.J = Tile<Tl>::NONE;
         __syncthreads();
     }
     s.mirror();
@@ -189,10 +202,15 @@ __device__ void turn(const Tile<Tl>& s, Shared<Tl>& shared, int n, Team team) {
     using T = typename Tl::T;
     constexpr int N = Tl::N;
     const int length = Tl::tiles(n) * N, column = team.rank;
-    if (column < length)
-        for (int i = 0; i < length; ++i)
-            shared.columns()[column * Shared<Tl>::COLUMN_PITCH + Tl::slot(i)] =
-                shared.rows[i * Tl::PITCH + Tl::slot(column)];
+    if (column < length) {
+        T* const to = shared.columns() + column * Shared<Tl>::COLUMN_PITCH;
+        for (int I = 0; I < length; I += N) {
+            T x[N];
+#pragma unroll
+            for (int i = 0; i < N; ++i) x[i] = shared.rows[(I + i) * Tl::PITCH + Tl::slot(column)];
+            store<Tl>(to, I / N, x);
+        }
+    }
     __syncthreads();
     if (s.I != Tile<Tl>::NONE) {
 #pragma unroll
@@ -224,8 +242,10 @@ __global__ void __launch_bounds__(Tl::MAX_THREADS, RESIDENT) fishleg_block_step_
     __syncthreads();
     double lambda;
     {
-        Tile<Tl> s(team, n);
-        step_matrix(s, shared, args, start, n, team);
+        constexpr int MEMBERS = Tl::MAX_THREADS / GROUPS<Tl>;
+        const int group = team.rank / MEMBERS;
+        Tile<Tl> s(Team{team.rank % MEMBERS, MEMBERS}, n);
+        step_matrix(s, shared, args, start, n, group, team);
         lambda = power_iteration(s, shared, top, n, team);
         turn(s, shared, n, team);
     }
@@ -239,7 +259,7 @@ __global__ void __launch_bounds__(Tl::MAX_THREADS, RESIDENT) fishleg_block_step_
         for (int j = 0; j < N; ++j) rm[i][j] = 0;
     if (I < tiles) {
         T x[N], y[N];
-#pragma unroll 1
+#pragma unroll 2
         for (int k = 0; k < n; ++k) {
             load<Tl>(shared.columns() + k * PITCH, I, x);
             load<Tl>(shared.rows + k * Tl::PITCH, J, y);

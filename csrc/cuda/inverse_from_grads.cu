@@ -36,7 +36,8 @@ __device__ void write_padding(T* block, int B, int n, Team team, T on_diagonal, 
 }
 
 template <class Tl, int RESIDENT>
-__global__ void __launch_bounds__(Tl::MAX_THREADS, RESIDENT) inverse_from_grads_kernel(Args<typename Tl::T> args) {
+__global__ void __launch_bounds__(summing_threads<Tl>(Tl::MAX_B), RESIDENT)
+    inverse_from_grads_kernel(Args<typename Tl::T> args) {
     using T = typename Tl::T;
     constexpr int N = Tl::N;
     SweepShared<Tl>& shared = *shared_memory<SweepShared<Tl>>();
@@ -79,10 +80,10 @@ int inverse_from_grads(T* f_inv, T* inv_diag, Gradients grads, Blocks blocks, do
                           static_cast<T>(1 / num_grads),
                           static_cast<T>(1 / damping),
                           estimates};
-    return with_cut(static_cast<const T*>(nullptr), size, [&](auto cut) {
+    return with_summing_cut(static_cast<const T*>(nullptr), size, [&](auto cut) {
         using Tl = typename decltype(cut)::Tl;
         const size_t gram_bytes = GramShared<Tl>::bytes(size, grads.rows), sweep_bytes = sizeof(SweepShared<Tl>);
-        return launch(inverse_from_grads_kernel<Tl, decltype(cut)::RESIDENT>, blocks.count, Tl::launched(size),
+        return launch(inverse_from_grads_kernel<Tl, decltype(cut)::RESIDENT>, blocks.count, summing_threads<Tl>(size),
                       gram_bytes > sweep_bytes ? gram_bytes : sweep_bytes, args, where);
     });
 }

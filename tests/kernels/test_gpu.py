@@ -196,7 +196,9 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_pruning_follows_the_model(way: dict[str, object]) -> None:
+def test_pruning_follows_the_model(way: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    # a relative change of 1e-4 in the images moves a tenth of WoodTaylor's mask, and TF32 is coarser
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pruned, losses = [], []
     for device in (torch.device("cpu"), DEVICE):
         model = network().to(device)
