@@ -92,10 +92,8 @@ void define_cuda(py::module_& module) {
     });
     module.def("cuda_fisher_accumulate", [=](int device, Address stream, bool is_double, Address fisher,
                                              ff::Gradients g, ff::Blocks blocks, double num_grads) {
-        with_state_type(is_double, [&](auto* t) {
-            using T = std::remove_pointer_t<decltype(t)>;
-            check(ff::cuda::fisher_accumulate(at<T>(fisher), g, blocks, num_grads, {device, at<void>(stream)}));
-        });
+        if (is_double) throw std::invalid_argument("fisher_accumulate is for float32");
+        check(ff::cuda::fisher_accumulate(at<float>(fisher), g, blocks, num_grads, {device, at<void>(stream)}));
     });
     module.def("cuda_fishleg_block_step", [=](int device, Address stream, bool is_double, Address root, Address top,
                                               ff::Gradients g, ff::Blocks blocks, double num_grads, double damping,

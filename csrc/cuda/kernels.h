@@ -41,8 +41,7 @@ template <class T>
 int sherman_morrison(T* f_inv, Gradients, Blocks, double num_grads, Where);
 
 // fisher [K, B, B], lower triangles, += G^T G / m.
-template <class T>
-int fisher_accumulate(T* fisher, Gradients, Blocks, double num_grads, Where);
+int fisher_accumulate(float* fisher, Gradients, Blocks, double num_grads, Where);
 
 // weight_R <- w_R - F^-1[R, Q] (F^-1[Q, Q])^-1 w_Q, weight_Q <- 0, where the mask of Q is 0; a block that failed, whose
 // flag becomes 1, stays as it was. Blocks of float32 as well fit only where float64 ones do.

@@ -95,17 +95,9 @@ def too_large(op: str, *args: object) -> str | None:
     return f"a block of {name} fits on chip up to B = {largest}, got {block_size}"
 
 
-def _left_to_triton(op: str, *args: object) -> str | None:
-    """Why the Triton kernel of an op is the better one for this call, or None; found on an H200."""
-    smallest = SMALLEST.get(op, 9)
-    if BLOCK_SIZE[op](*args) < smallest:
-        return f"it is for B >= {smallest}, got {BLOCK_SIZE[op](*args)}"
-    if op == "fisher_accumulate_" and args[0].dtype == torch.float64:  # type: ignore[attr-defined]
-        return "it is for float32, the matrix units of float64 are Triton's"
-    return None
-
-
 def _form_reason(op: str, *args: object) -> str | None:
+    if op == "fisher_accumulate_" and args[0].dtype != torch.float32:  # type: ignore[attr-defined]
+        return "it is for float32, the matrix units of float64 are Triton's"
     if op != "obs_solve_":
         return None
     weight, state, factor, *_ = args
@@ -116,6 +108,12 @@ def _form_reason(op: str, *args: object) -> str | None:
     return None
 
 
+def too_small(op: str, *args: object) -> str | None:
+    """Why the Triton kernel, which takes several blocks at a time, is the better one, or None; found on an H200."""
+    smallest, block_size = SMALLEST.get(op, 9), BLOCK_SIZE[op](*args)
+    return f"it is for B >= {smallest}, got {block_size}" if block_size < smallest else None
+
+
 def unfit(op: str, *args: object) -> str | None:
     """Why the kernels cannot take this call, on whatever GPU, or None."""
     return _form_reason(op, *args) or too_large(op, *args)
@@ -124,7 +122,7 @@ def unfit(op: str, *args: object) -> str | None:
 def why_not(op: str, *args: object) -> str | None:
     """None when the kernel of an op can run on these arguments, which lie on a GPU, else the reason."""
     device = args[0].device  # type: ignore[attr-defined]
-    reason = unfit(op, *args) or _left_to_triton(op, *args) or _device_reason(device)
+    reason = unfit(op, *args) or too_small(op, *args) or _device_reason(device)
     if reason is None and op in SUMMING and BLOCK_SIZE[op](*args) > LARGE[args[0].dtype]:  # type: ignore[attr-defined]
         return _sums_reason(device)
     return reason

@@ -136,10 +136,7 @@ def woodbury_(f_inv: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> N
 def fisher_accumulate_(fisher: Tensor, grads: Tensor, blocks: Tensor, num_grads: int) -> None:
     """As the op."""
     count, size = fisher.shape[:2]
-    _call(
-        "fisher_accumulate",
-        *(_is_double(fisher), fisher, *_grads(grads), blocks, count, size, float(num_grads)),
-    )
+    _call("fisher_accumulate", fisher, *_grads(grads), blocks, count, size, float(num_grads))
 
 
 def fishleg_block_step_(

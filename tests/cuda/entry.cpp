@@ -49,12 +49,11 @@ int sherman_morrison(bool is_double, void* f_inv, const void* grads, int dtype, 
                      : ff::cuda::sherman_morrison(static_cast<float*>(f_inv), g, blocks, num_grads, HERE);
 }
 
-int fisher_accumulate(bool is_double, void* fisher, const void* grads, int dtype, int64_t rows, int64_t row_stride,
+int fisher_accumulate(void* fisher, const void* grads, int dtype, int64_t rows, int64_t row_stride,
                       const int64_t* range, int64_t count, int64_t size, double num_grads) {
-    const Gradients g = {grads, static_cast<DType>(dtype), rows, row_stride};
-    const Blocks blocks = {range, count, size};
-    return is_double ? ff::cuda::fisher_accumulate(static_cast<double*>(fisher), g, blocks, num_grads, HERE)
-                     : ff::cuda::fisher_accumulate(static_cast<float*>(fisher), g, blocks, num_grads, HERE);
+    return ff::cuda::fisher_accumulate(static_cast<float*>(fisher),
+                                       {grads, static_cast<DType>(dtype), rows, row_stride}, {range, count, size},
+                                       num_grads, HERE);
 }
 
 int fishleg_block_step(bool is_double, void* root, void* top, const void* grads, int dtype, int64_t rows,

@@ -16,11 +16,58 @@ void compare(Op op, const Problem& p) {
     if (!(run() == out)) check::fail(std::string(run.name()) + " depends on the order of the threads", p);
 }
 
+// The vectors that `launch` leaves, whatever the order of the threads. What they hold is compared with float64 by the
+// conformance tests; here memory ends where the arguments do.
+template <class T, class Launch>
+void in_any_order(const char* name, const Problem& p, const std::vector<std::vector<T>>& start, Launch launch) {
+    std::vector<std::vector<T>> out[2] = {start, start};
+    for (int turn = 0; turn < 2; ++turn) {
+        emulate::machine.seed = turn ? p.seed + 2 : 1;
+        if (launch(out[turn]) != 0) check::fail(std::string(name) + " was not launched", p);
+    }
+    for (size_t i = 0; i < start.size(); ++i)
+        if (!check::same_bits(out[0][i], out[1][i]))
+            check::fail(std::string(name) + " depends on the order of the threads", p);
+}
+
+// Blocks 2 I + a rank-one term, weights and masks that differ from place to place.
+template <class T>
+void updates(const Problem& p) {
+    const int64_t K = p.num_blocks(), B = p.block_size;
+    const check::StoredGradients grads = check::make_gradients(p);
+    std::vector<T> state(K * B * B), top(K * B), weight(p.num_weights);
+    std::vector<uint8_t> mask(p.num_weights), failed(K);
+    std::vector<double> loss(K), largest(K);
+    for (int64_t i = 0; i < K * B * B; ++i) {
+        const int64_t row = i / B % B, column = i % B;
+        state[i] = T(row == column ? 2 : 0) + T(0.01) * T(row % 7) * T(column % 7);
+    }
+    for (int64_t i = 0; i < K * B; ++i) top[i] = T(1 + i % 3);
+    for (int64_t q = 0; q < p.num_weights; ++q) {
+        weight[q] = T(q % 5) - T(1.5);
+        mask[q] = q % 3 != 0;
+    }
+    if constexpr (sizeof(T) == 4)
+        in_any_order<T>("fisher_accumulate", p, {state}, [&](auto& out) {
+            return ff::cuda::fisher_accumulate(out[0].data(), grads.view(p), p.blocks(), 3.0, HERE);
+        });
+    if (B <= ff::cuda::LARGEST_BLOCK<double>)
+        in_any_order<T>("obs_solve", p, {weight}, [&](auto& out) {
+            return ff::cuda::obs_solve(out[0].data(), state.data(), p.blocks(), mask.data(), failed.data(), HERE);
+        });
+    if (B <= ff::cuda::LARGEST_STEP)
+        in_any_order<T>("fishleg_block_step", p, {state, top}, [&](auto& out) {
+            return ff::cuda::fishleg_block_step(out[0].data(), out[1].data(), grads.view(p), p.blocks(), 3.0, 0.1, 1.0,
+                                                loss.data(), largest.data(), HERE);
+        });
+}
+
 template <class T>
 void everything(const Problem& p) {
     if (p.block_size > ff::cuda::LARGEST_BLOCK<T>) return;
     for (Op op : {Op::spd_inverse, Op::inverse_from_grads, Op::inverse_diagonal_from_grads, Op::sherman_morrison})
         compare<T>(op, p);
+    updates<T>(p);
 }
 
 // Of three blocks the middle one cannot be inverted; its neighbours must not notice.

@@ -22,16 +22,29 @@ def arguments(op: str, size: int, dtype: torch.dtype = torch.float32) -> list[ob
     """One block of this size, as the schema of the op lists its arguments."""
     state, grads = torch.eye(size, dtype=dtype)[None].as_subclass(OnGpu), torch.ones(1, size)
     blocks, estimates = torch.tensor([[0, size]]), torch.zeros(2, 1, dtype=torch.float64)
+    top = torch.ones(1, size, dtype=dtype)
+    mask, failed = torch.zeros(size, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)
     return {
         "spd_inverse_": [state, 0.1, *estimates],
         "sherman_morrison_": [state, grads, blocks, 1],
+        "woodbury_": [state, grads, blocks, 1],
+        "fisher_accumulate_": [state, grads, blocks, 1],
+        "fishleg_block_step_": [state, top, grads, blocks, 1, 0.1, 1.0, *estimates],
+        "obs_solve_": [state[0, 0], state, None, blocks, 1, 0.1, mask, failed],
         "inverse_from_grads": [state, grads, blocks, 1, 0.1, *estimates],
         "inverse_diagonal_from_grads": [state[0, 0], grads, blocks, size, 1, 0.1, *estimates],
     }[op]
 
 
 OPS = tuple(cuda.BLOCK_SIZE)
-STREAMING = OPS[1:]
+# The ops that hold any block of up to 256 weights in float32, and 176 in float64.
+WHOLE = (
+    "spd_inverse_",
+    "sherman_morrison_",
+    "woodbury_",
+    "inverse_from_grads",
+    "inverse_diagonal_from_grads",
+)
 
 
 @pytest.fixture
@@ -53,16 +66,38 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("capability")
 def test_sizes_that_fit() -> None:
-    for op in OPS:
-        for dtype, size in ((torch.float32, 256), (torch.float64, 176), (torch.float32, 129)):
+    for op in WHOLE:
+        for dtype, size in ((torch.float32, 256), (torch.float64, 176), (torch.float32, 9)):
             assert cuda.why_not(op, *arguments(op, size, dtype)) is None
         for dtype, size in ((torch.float32, 256), (torch.float64, 176)):
             reason = cuda.why_not(op, *arguments(op, size + 1, dtype))
             name = str(dtype).removeprefix("torch.")
             assert reason == f"a block of {name} fits on chip up to B = {size}, got {size + 1}"
-    assert cuda.why_not("spd_inverse_", *arguments("spd_inverse_", 1)) is None
-    for op in STREAMING:
-        assert cuda.why_not(op, *arguments(op, 128)) == "it is for B > 128, got 128"
+    for op in OPS:
+        smallest = 5 if op == "spd_inverse_" else 9
+        assert cuda.why_not(op, *arguments(op, smallest)) is None
+        reason = cuda.why_not(op, *arguments(op, smallest - 1))
+        assert reason == f"it is for B >= {smallest}, got {smallest - 1}"
+
+
+@pytest.mark.usefixtures("capability")
+def test_calls_that_are_not_for_cuda() -> None:
+    reason = "it is for float32, the matrix units of float64 are Triton's"
+    assert cuda.why_not("fisher_accumulate_", *arguments("fisher_accumulate_", 50, torch.float64)) == reason
+    assert cuda.why_not("fisher_accumulate_", *arguments("fisher_accumulate_", 257)) is not None
+    for dtype in (torch.float32, torch.float64):
+        step = arguments("fishleg_block_step_", 65, dtype)
+        assert str(cuda.why_not("fishleg_block_step_", *step)).endswith("fits on chip up to B = 64, got 65")
+        assert cuda.why_not("obs_solve_", *arguments("obs_solve_", 176, dtype)) is None
+        solve = arguments("obs_solve_", 177, dtype)
+        reason = "a block of float64 fits on chip up to B = 176, got 177"
+        assert cuda.why_not("obs_solve_", *solve) == reason
+    dual = arguments("obs_solve_", 50)
+    dual[2] = torch.eye(1)[None]
+    assert cuda.why_not("obs_solve_", *dual) == "it has no kernel for the dual form"
+    mixed = [torch.ones(50, dtype=torch.float64), *arguments("obs_solve_", 50)[1:]]
+    reason = "it takes weights of the dtype of the inverse, got torch.float64 and torch.float32"
+    assert cuda.why_not("obs_solve_", *mixed) == reason
 
 
 @pytest.mark.usefixtures("capability")
@@ -72,7 +107,8 @@ def test_sums_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         "get_device_properties",
         lambda device: SimpleNamespace(shared_memory_per_multiprocessor=100 << 10),
     )
-    for op in ("inverse_from_grads", "inverse_diagonal_from_grads"):
+    for op in cuda.SUMMING:
+        assert cuda.why_not(op, *arguments(op, 128)) is None
         reason = cuda.why_not(op, *arguments(op, 200))
         assert reason == "it takes 160 KiB of shared memory, a multiprocessor of this GPU has 100"
     assert cuda.why_not("sherman_morrison_", *arguments("sherman_morrison_", 200)) is None
@@ -117,6 +153,10 @@ def test_calls_fit_the_extension(op: str, monkeypatch: pytest.MonkeyPatch) -> No
     functions = {
         "spd_inverse_": native._spd_inverse,
         "sherman_morrison_": native._sherman_morrison,
+        "woodbury_": native._woodbury,
+        "fisher_accumulate_": native._fisher_accumulate,
+        "fishleg_block_step_": native._fishleg_block_step,
+        "obs_solve_": native._obs_solve,
         "inverse_from_grads": native._inverse_from_grads,
         "inverse_diagonal_from_grads": native._inverse_diagonal_from_grads,
     }
