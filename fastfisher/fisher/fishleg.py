@@ -47,6 +47,8 @@ SMALLEST_RATE = 1 / 64
 # Of the joint update's constraint w_Q = 0, relative to w_Q, and how long it is pursued.
 TOLERANCE = 1e-4
 MAX_ITERATIONS = 1000
+# Blocks whose products are looked at once, so that these stay in a cache.
+CACHED_BYTES = 1 << 20
 
 
 class BlockRoots:
@@ -94,12 +96,12 @@ class BlockRoots:
             )
 
     def loss(self, grads: Tensor, damping: float) -> float:
+        at_once = max(1, CACHED_BYTES // self.root[0].nbytes)
         total = 0.0
-        for first in range(0, len(self.blocks), 4096):
-            root = self.root[first : first + 4096]
+        for root in self.root.split(at_once):
             gram = root.mT @ root
-            total += float((damping / 2) * gram.square().sum(dtype=torch.float64))
-            total -= float(gram.diagonal(dim1=1, dim2=2).sum(dtype=torch.float64))
+            squares, trace = gram.square().sum(dim=(1, 2)), gram.diagonal(dim1=1, dim2=2).sum(dim=1)
+            total += float((damping / 2 * squares.double() - trace.double()).sum())
         image = torch.zeros_like(
             grads.T, dtype=self.root.dtype, memory_format=torch.contiguous_format
         )  # [d, k]

@@ -71,7 +71,7 @@ class FishLeg:
     Raises FastFisherError with the offending value.
     """
 
-    parameterization: str = "block-kron"
+    parameterization: str = "block"
     tile: int = TILE
     aux: str = "exact"
     max_aux_steps: int = 30
