@@ -24,7 +24,8 @@ from benchmarks.paper.experiment import Claim, Curves
 from benchmarks.paper.pictures import Axes, Line, Panel
 from fastfisher.errors import FisherError
 from fastfisher.fisher.auxiliary import SampledSteps
-from fastfisher.fisher.fishleg import BlockRoots, FishLegInverse
+from fastfisher.fisher.fishleg import FishLegInverse
+from fastfisher.fisher.roots import BlockRoots
 
 CLAIM = Claim(
     f"{stages.SURGEON}, preconditioner",

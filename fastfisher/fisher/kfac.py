@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.batches import Samples
 from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.conjugate import conjugate_gradients
 from fastfisher.fisher.gradients import Objective, parameter_aliases, untouched
 from fastfisher.fisher.hessian import target_names
 from fastfisher.fisher.inverse import UPDATES, _absolute, _check_options, check_weight, checked_vectors
@@ -220,23 +221,19 @@ class KFACInverse:
         preconditioner is needed: F[Q, Q] as one made it slower, the diagonal no faster (a digits network, 80 %).
         """
         layer = self.layers[name]
-        y, residual = torch.zeros_like(removed), removed.clone()  # [G, q, p]
-        direction, square = residual.clone(), residual.square().sum()
-        goal = TOLERANCE**2 * float(square)
-        for _ in range(MAX_ITERATIONS):
-            if float(square) <= goal:
-                return torch.where(keep, -layer.times(y), 0)
-            image = torch.where(keep, 0, layer.times(direction))
-            step = square / (direction * image).sum()
-            y += step * direction
-            residual -= step * image
-            before, square = square, residual.square().sum()
-            direction = residual + (square / before) * direction
-        raise FisherError(
-            f"the joint update of {name!r} does not converge in {MAX_ITERATIONS} conjugate gradients at "
-            f"damping={self.damping:g} (relative residual {float(square / removed.square().sum()) ** 0.5:.2g}); use "
-            f"update='sum' or a larger damping"
+        y, residual = conjugate_gradients(
+            lambda x: torch.where(keep, 0, layer.times(x)),
+            removed,
+            dims=(0, 1, 2),
+            tolerance=TOLERANCE,
+            max_iterations=MAX_ITERATIONS,
         )
+        if not residual <= TOLERANCE:
+            raise FisherError(
+                f"the joint update of {name!r} does not converge in {MAX_ITERATIONS} conjugate gradients at "
+                f"damping={self.damping:g} (relative residual {residual:.2g}); use update='sum' or a larger damping"
+            )
+        return torch.where(keep, -layer.times(y), 0)
 
 
 def _layers_of(objective: Objective, names: Sequence[str]) -> dict[str, list[nn.Module]]:

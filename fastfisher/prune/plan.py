@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from fastfisher.errors import DoesNotFitError, FastFisherError
 from fastfisher.fisher.batches import SampleReader
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.fishleg import tile_side
 from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, chunks, untouched
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
+from fastfisher.fisher.kronecker import tile_side
 from fastfisher.memory import format_bytes, free_bytes, parse_bytes
 from fastfisher.prune.select import keep_mask
 from fastfisher.prune.settings import DATA_FREE, FROM_GRADIENTS, FishLeg, Settings

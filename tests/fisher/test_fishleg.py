@@ -12,8 +12,9 @@ from torch import Tensor
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.auxiliary import SampledSteps
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.fishleg import PARAMETERIZATIONS, FishLegInverse, KroneckerTiles
+from fastfisher.fisher.fishleg import PARAMETERIZATIONS, FishLegInverse
 from fastfisher.fisher.inverse import FisherInverse
+from fastfisher.fisher.kronecker import KroneckerTiles
 
 
 def gradients(m: int, *shape: int, seed: int = 0) -> Tensor:

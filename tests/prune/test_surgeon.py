@@ -259,8 +259,9 @@ def test_bad_options_are_refused(given: Any) -> None:
         ff.prune(model, data, sparsity=0.5, fisher_average=1)
     with pytest.raises(FastFisherError, match="fisher_average goes with method='woodfisher'"):
         ff.prune(model, data, sparsity=0.5, method="kfac", fisher_average=0.5)
+    tiles = {"parameterization": "block-kron"}
     with pytest.raises(FastFisherError, match="goes through blocks"):
-        ff.prune(model, data, sparsity=0.5, method="fishleg", update="greedy")
+        ff.prune(model, data, sparsity=0.5, method="fishleg", update="greedy", fishleg=tiles)
 
 
 def test_the_surgeon_is_told_what_is_gone(given: Any) -> None:
