@@ -25,7 +25,7 @@ CLAIM = Claim(
 )
 METHODS: dict[str, dict[str, Any]] = {
     "FLS, defaults": {"method": "fishleg"},
-    "FLS, blocks": {"method": "fishleg", "fishleg": {"parameterization": "block"}},
+    "FLS, tiles": {"method": "fishleg", "fishleg": {"parameterization": "block-kron"}},
     "WoodFisher": {"method": "woodfisher"},
 }
 OURS, RIVAL = "FLS, defaults", "WoodFisher"

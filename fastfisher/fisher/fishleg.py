@@ -28,7 +28,14 @@ from torch import Tensor
 
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.inverse import UPDATES, FisherInverse, _absolute, check_weight, checked_vectors
+from fastfisher.fisher.inverse import (
+    UPDATES,
+    FisherInverse,
+    _absolute,
+    check_weight,
+    checked_vectors,
+    mean_diagonal,
+)
 from fastfisher.fisher.kronecker import KroneckerTiles
 from fastfisher.fisher.parts import Part, block_ids
 from fastfisher.fisher.roots import BlockRoots
@@ -165,7 +172,7 @@ class FishLegInverse:
         options: those of `start`.
         """
         if damping_mode == "relative":
-            damping = _absolute(damping, float(grads.double().square().mean()))
+            damping = _absolute(damping, mean_diagonal(grads))
         dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
         made = cls.start(layout, damping=damping, dtype=dtype, device=grads.device, **options)
         made.fit(grads, held_out=held_out, max_steps=max_steps)

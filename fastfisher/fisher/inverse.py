@@ -653,6 +653,11 @@ def sum_of_squares(grads: Tensor) -> Tensor:
     return total
 
 
+def mean_diagonal(grads: Tensor) -> float:
+    """Of the Fisher of gradients [k, d], weights that are gone counting as zeros."""
+    return float(sum_of_squares(grads)) / grads.numel()
+
+
 def _absolute(damping: float, mean_diagonal: float) -> float:
     """λ from its ratio to the mean of the Fisher diagonal."""
     if not (mean_diagonal > 0 and math.isfinite(mean_diagonal)):
