@@ -18,7 +18,7 @@ from fastfisher.fisher.conjugate import conjugate_gradients
 
 # Of the joint update's constraint w_Q = 0, relative to w_Q, and how long it is pursued.
 TOLERANCE = 1e-4
-MAX_ITERATIONS = 1000
+MAX_ITERATIONS = 3000
 
 
 class KroneckerTiles:
