@@ -129,8 +129,9 @@ def draw_panel(axis: Any, curves: Curves, panel: Panel, axes: Axes) -> None:
         mean = np.array([curves.mean(line.label, places[i]) for i in known])
         band = np.array([curves.deviation(line.label, places[i]) for i in known])
         style = line.style or ("--" if line.fisher is None else "-." if line.scope == "layer" else "-")
-        colour = COLOURS[(index if line.colour is None else line.colour) % len(COLOURS)]
-        marker = "^" if line.scope == "layer" else "o"
+        number = index if line.colour is None else line.colour
+        colour = COLOURS[number % len(COLOURS)]
+        marker = "^" if line.scope == "layer" else "o" if number < len(COLOURS) else "s"
         axis.plot(x, mean, style, marker=marker, markersize=4, color=colour, label=line.label)
         axis.fill_between(x, mean - band, mean + band, color=colour, alpha=0.15, linewidth=0)
     if "x" in axes.logarithmic:
