@@ -38,6 +38,15 @@ class BlockRoots:
         root.diagonal(dim1=1, dim2=2).fill_(math.sqrt(scale))
         return cls(layout, root, torch.ones_like(root[:, 0]), blocks.to(live.device), live)
 
+    @property
+    def single(self) -> bool:
+        """Whether every weight stands alone, and all there is to do is elementwise."""
+        return self.root.shape[1] == 1
+
+    def _second(self, grads: Tensor) -> Tensor:
+        """diag F of single weights [K]."""
+        return grads[:, self.blocks[:, 0]].to(self.root.dtype).square().mean(dim=0)
+
     def describe(self, b: int) -> str:
         """The weights of a block, by parameter."""
         return self.layout.describe_range(*self.blocks[b].tolist())
@@ -53,10 +62,16 @@ class BlockRoots:
 
         Raises FisherError where a block diverged.
         """
-        loss, largest = torch.empty(2, len(self.blocks), dtype=torch.float64, device=self.root.device)
-        ops.fishleg_block_step_(
-            self.root, self.top, grads, self.blocks, len(grads), damping, rate, loss, largest
-        )
+        if self.single:
+            root = self.root.view(-1)
+            largest = root.square() * (self._second(grads) + damping)  # M
+            change = rate / 2 / (1.1 * largest).clamp(min=1) * (root * largest - root)
+            root -= torch.where(largest.isfinite(), change, 0)
+        else:
+            loss, largest = torch.empty(2, len(self.blocks), dtype=torch.float64, device=self.root.device)
+            ops.fishleg_block_step_(
+                self.root, self.top, grads, self.blocks, len(grads), damping, rate, loss, largest
+            )
         if not bool(largest.isfinite().all()):
             b = int((~largest.isfinite()).nonzero()[0])
             raise FisherError(
@@ -64,6 +79,9 @@ class BlockRoots:
             )
 
     def loss(self, grads: Tensor, damping: float) -> float:
+        if self.single:
+            squares = self.root.view(-1).square()  # Q
+            return float((squares * (squares * (self._second(grads) + damping) / 2 - 1)).double().sum())
         at_once = max(1, CACHED_BYTES // self.root[0].nbytes)
         total = 0.0
         for root in self.root.split(at_once):

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastfisher import ops
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.auxiliary import SampledSteps
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.fishleg import PARAMETERIZATIONS, FishLegInverse
 from fastfisher.fisher.inverse import FisherInverse
 from fastfisher.fisher.kronecker import KroneckerTiles
+from fastfisher.fisher.roots import BlockRoots
 
 
 def gradients(m: int, *shape: int, seed: int = 0) -> Tensor:
@@ -322,3 +324,21 @@ def test_gradients_without_bound_raise_and_name_the_layer(parameterization: str)
     grads[0, 0] = math.inf
     with pytest.raises(FisherError, match=r"damping=0\.1"):
         inverse.aux_step(grads)
+
+
+def test_single_weights_step_as_the_op_does() -> None:
+    grads = 3 * torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    layout, live = BlockLayout.from_sizes([300], block_size=1), torch.ones(300, dtype=torch.bool)
+    ours, op = (BlockRoots.start(layout, layout.blocks, 10.0, live, torch.float32) for _ in range(2))
+    loss, largest = torch.empty(2, 300, dtype=torch.float64)
+    for _ in range(5):
+        before = ours.loss(grads, 0.1)
+        ours.step(grads, 0.1, 0.7)
+        ops.fishleg_block_step_(op.root, op.top, grads, op.blocks, 40, 0.1, 0.7, loss, largest)
+        assert before == pytest.approx(float(loss.sum()), rel=1e-5)
+        torch.testing.assert_close(ours.root, op.root, rtol=1e-5, atol=0)
+    kept = ours.root.clone()
+    grads[3, 7] = torch.inf
+    with pytest.raises(FisherError, match=r"diverged in .*; use a larger damping"):
+        ours.step(grads, 0.1, 1.0)
+    assert float(ours.root[7, 0, 0]) == float(kept[7, 0, 0])
