@@ -387,7 +387,7 @@ def wide(args: Args) -> Args:
 
 
 def perturbed(args: Args) -> Args:
-    """The same arguments with every float64 number off by a dozen roundings.
+    """The same arguments with every float64 number off by a few roundings.
 
     In float64 the reference is its own truth, so its error is measured by what such a change does to its result.
     """
@@ -395,7 +395,7 @@ def perturbed(args: Args) -> Args:
     eps = torch.finfo(torch.float64).eps
 
     def shake(x: Tensor) -> Tensor:
-        return x * (1 + 16 * eps * torch.randn(x.shape, generator=generator, dtype=torch.float64))
+        return x * (1 + 8 * eps * torch.randn(x.shape, generator=generator, dtype=torch.float64))
 
     return [shake(arg) if isinstance(arg, Tensor) and arg.dtype == torch.float64 else arg for arg in args]
 
@@ -480,7 +480,8 @@ def check_error(case: Case, row: Row, backend: str) -> None:
             if out[position].dtype == torch.bool:
                 assert torch.equal(out[position], truth[position])
                 continue
-            allowed = 2 * error(reference[position], truth[position]) + 16 * eps
+            # in float64 the reference's error is only guessed, and one draw of it
+            allowed = 2 * error(reference[position], truth[position]) + (16 if eps > 1e-10 else 64) * eps
             if ops.OPS[row.op].arguments[i] in ("condition", "amplification"):
                 allowed += 1e-6  # they are estimates, whatever the dtype
             assert error(out[position], truth[position]) <= allowed
