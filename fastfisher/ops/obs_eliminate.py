@@ -164,6 +164,7 @@ def obs_eliminate(
     order: int64 [d], overwritten inside the blocks: at start + i the place in [0, d) of the weight removed as i-th;
     weights that must stay come last.   loss: float64 [d], what that removal adds, NaN for weights that stay.
     failed: bool [K], overwritten: True where a pivot was not positive and finite; NaN from there on.
+    On a GPU the dual form and `groups` wait for the device: they ask it for sizes.
     Raises FastFisherError on wrong input.   Source: WoodFisher, eq. 2.11, applied again and again as in Optimal Brain
     Surgeon (Hassibi & Stork, 1993).
     """
