@@ -27,7 +27,7 @@ from torch import Tensor
 
 import fastfisher as ff
 from benchmarks import machine, memory
-from benchmarks.problems import DAMPING, GRADIENT_SCALE, Problem
+from benchmarks.problems import DAMPING, GPU_PROBLEMS, GRADIENT_SCALE, Problem
 from benchmarks.run import newest
 
 mpl.use("Agg")
@@ -47,7 +47,7 @@ SECONDS, ROUNDS = 3.0, (3, 20)  # a point is repeated for about so long
 ESTIMATED = (10**9, 10**10, 10**11)
 GPUS = (1, 8, 64, 512, 1_024)
 CARD_BYTES = 141e9  # of an H200
-FOR_ESTIMATE = "build ResNet-50 d=25,502,912 m=1,024 B=50"
+FOR_ESTIMATE = GPU_PROBLEMS[0]  # the build of ResNet-50
 
 
 def problem_of(point: Sequence[int]) -> Problem:
@@ -112,11 +112,13 @@ def estimate(result: Mapping[str, Any] | None) -> list[dict[str, float]]:
     Every GPU owns its share of the blocks; the gradients of the others' samples come to it once.  Without the backward
     passes that make these, and without waiting for the network.
     """
-    rows = [r for r in (result or {}).get("rows", []) if r["problem"] == FOR_ESTIMATE and r["name"] == "ours"]
+    rows = [
+        r for r in (result or {}).get("rows", []) if r["problem"] == FOR_ESTIMATE.name and r["name"] == "ours"
+    ]
     if not rows or not rows[0].get("median"):
         return []
-    each = rows[0]["median"] / 25_502_912
-    m, B = 1_024, 50
+    each = rows[0]["median"] / FOR_ESTIMATE.num_weights
+    m, B = FOR_ESTIMATE.num_grads, FOR_ESTIMATE.block_size
     return [
         {
             "weights": weights,

@@ -30,21 +30,15 @@ __global__ void __launch_bounds__(summing_threads<Tl>(Tl::MAX_B), RESIDENT) fish
     Tile<Tl> s(team, n);
     gram(s, *shared_memory<GramShared<Tl>>(), args.grads, start, n, team);
     s.scale(args.factor);
-    // As Tile::write, but added.
-    float *const block = args.fisher + b * B * B, *const room = *shared_memory<float[2 * Tl::BAND]>();
-    for (int band = 0; band < Tl::tiles(n); ++band) {
-        float* const tiles = room + (band & 1) * Tl::BAND;
-        s.publish(tiles, band);
-        __syncthreads();
-        for (int j = team.rank; j < n && j < (band + 1) * N; j += team.size) {
-            const typename Tile<Tl>::Column column = Tile<Tl>::published(tiles, band, j);
+    float* const block = args.fisher + b * B * B;
+    float* const room = *shared_memory<float[2 * Tl::BAND]>();
+    s.by_bands(n, Tl::tiles(n), team, room, [&](int band, int j, const typename Tile<Tl>::Column& column) {
 #pragma unroll
-            for (int i = 0; i < N; ++i) {
-                const int row = band * N + i;
-                if (j <= row && row < n) block[row * B + j] += column[i];
-            }
+        for (int i = 0; i < N; ++i) {
+            const int row = band * N + i;
+            if (j <= row && row < n) block[row * B + j] += column[i];
         }
-    }
+    });
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ struct alignas(16) Shared {
 // The sum of x over all threads, in a fixed order; `turn` alternates, so that one barrier suffices.
 template <class Tl>
 __device__ double sum_over_block(double x, Shared<Tl>& shared, int turn, Team team) {
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+    x = sum_over_warp(x);
     if (team.rank % WARP == 0) shared.partial[turn % 2][team.rank / WARP] = x;
     __syncthreads();
     double sum = 0;

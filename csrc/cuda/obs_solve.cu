@@ -76,15 +76,10 @@ __global__ void __launch_bounds__(Tl::MAX_THREADS, RESIDENT) obs_solve_kernel(Ar
     invert(s, shared.sweep, n, bands, team);
 
     double y = 0;
-    for (int band = 0; band < bands; ++band) {
-        double* const tiles = shared.sweep.band[band & 1];
-        s.publish(tiles, band);
-        __syncthreads();
-        if (!inside) continue;
-        const typename Tile<Tl>::Column entries = Tile<Tl>::published(tiles, band, column);
+    s.by_bands(n, bands, team, shared.sweep.band[0], [&](int band, int, const typename Tile<Tl>::Column& entries) {
 #pragma unroll
         for (int i = 0; i < N; ++i) y = fma(entries[i], shared.removed[band * N + i], y);
-    }
+    });
     if (inside) shared.y[column] = y;
     __syncthreads();
     double delta = 0;

@@ -26,6 +26,12 @@ struct alignas(16) Products {
     }
 };
 
+// The sum of x over the threads of a warp, in a fixed order.
+__device__ inline double sum_over_warp(double x) {
+    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+    return x;
+}
+
 // This thread's parts of s g; returns its part of g.(s g). A barrier must follow.
 template <class Tl>
 __device__ double multiply(const Tile<Tl>& s, Products<Tl>& products, const typename Tl::T* g) {

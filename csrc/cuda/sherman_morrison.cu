@@ -76,8 +76,7 @@ __global__ void __launch_bounds__(Tl::MAX_THREADS, RESIDENT) sherman_morrison_ke
         const int r = static_cast<int>(row % ROWS), side = static_cast<int>(row / ROWS % 2);
         if (r == 0) next.fetch(args.grads, row + ROWS, start + column, column < n);
         add_update(s, shared.u);
-        double dot = multiply(s, shared.products, shared.gradients[side] + r * Tl::PITCH);
-        for (int lanes = WARP / 2; lanes > 0; lanes /= 2) dot += __shfl_xor_sync(~0u, dot, lanes);
+        const double dot = sum_over_warp(multiply(s, shared.products, shared.gradients[side] + r * Tl::PITCH));
         if (team.rank % WARP == 0) shared.dots[team.rank / WARP] = dot;
         __syncthreads();
         if (entry.mine) {

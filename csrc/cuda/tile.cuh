@@ -230,21 +230,26 @@ struct Tile {
         mirror();
     }
 
-    // matrix <- all of the symmetric matrix, or NaN. Bands of N rows go through shared memory, so that they are written
-    // in one piece whatever the alignment. Every thread of the block must call it, with the same `bands`.
-    // room [2, BAND]: in turns, so that a band needs only one barrier.
+    // matrix <- all of the symmetric matrix, or NaN, in one piece whatever the alignment. As by_bands.
     __device__ void write(T* matrix, int64_t ld, int n, int bands, Team team, T* room, bool valid) const {
+        by_bands(n, bands, team, room, [&](int band, int j, const Column& column) {
+            T* const to = matrix + band * N * ld + j;
+#pragma unroll
+            for (int i = 0; i < N; ++i)
+                if (band * N + i < n) to[i * ld] = valid ? column[i] : T(NAN);
+        });
+    }
+
+    // f(band, j, what column j of the matrix holds of the band) for bands of N rows, which go through shared memory, in
+    // turn; columns are shared out among the threads. Every thread of the block must call it, with the same `bands`.
+    // room [2, BAND]: in turns, so that a band needs only one barrier.
+    template <class F>
+    __device__ void by_bands(int n, int bands, Team team, T* room, F f) const {
         for (int band = 0; band < bands; ++band) {
             T* const tiles = room + (band & 1) * Tl::BAND;
             publish(tiles, band);
             __syncthreads();
-            for (int j = team.rank; j < n; j += team.size) {
-                const Column column = published(tiles, band, j);
-                T* const to = matrix + band * N * ld + j;
-#pragma unroll
-                for (int i = 0; i < N; ++i)
-                    if (band * N + i < n) to[i * ld] = valid ? column[i] : T(NAN);
-            }
+            for (int j = team.rank; j < n; j += team.size) f(band, j, published(tiles, band, j));
         }
     }
 

@@ -21,7 +21,7 @@ def test_exponents_of_powers() -> None:
 
 
 def test_an_estimate_shares_the_weights_out() -> None:
-    result = {"rows": [{"problem": scaling.FOR_ESTIMATE, "name": "ours", "median": 0.25502912}]}
+    result = {"rows": [{"problem": scaling.FOR_ESTIMATE.name, "name": "ours", "median": 0.25502912}]}
     rows = {(row["weights"], row["gpus"]): row for row in scaling.estimate(result)}
     one, many = rows[10**9, 1], rows[10**9, 8]
     assert one["seconds"] == pytest.approx(10.0)
