@@ -102,16 +102,21 @@ def test_killed_at_a_point_again_and_again(
 
 
 def test_killed_at_random_times(server: Any, whole: tuple[dict[str, Any], float], tmp_path: Path) -> None:
-    chance, kills = random.Random(0), 0
-    for i in range(4):
+    chance, kills, seconds = random.Random(0), 0, whole[1]
+    for i in range(12):  # four, but for a machine whose speed changes
         folder = tmp_path / str(i)
         folder.mkdir()
-        for _ in range(KILLS_PER_RUN):
-            code = run(server, folder, delay=whole[1] * chance.uniform(0.2, 0.9))
+        for attempt in range(KILLS_PER_RUN):
+            start = time.perf_counter()
+            code = run(server, folder, delay=seconds * chance.uniform(0.2, 0.9))
             if code == 0:
+                if attempt == 0:  # faster than the run that was timed, which a busy machine held up
+                    seconds = min(seconds, time.perf_counter() - start)
                 break
             assert code == -signal.SIGKILL
             kills += 1
         assert run(server, folder) == 0
         assert_whole(folder, whole[0])
-    assert kills >= 4  # as many as a busy machine leaves time for
+        if i >= 3 and kills >= 4:
+            return
+    pytest.fail(f"12 runs were killed {kills} times")
