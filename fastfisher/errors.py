@@ -17,3 +17,7 @@ class BackendError(FastFisherError, RuntimeError):
 
 class DoesNotFitError(FastFisherError, MemoryError):
     """A run that would need more memory than there is; the message names the largest block that fits."""
+
+
+class DistributedError(FastFisherError, RuntimeError):
+    """Another process of the group failed or was lost; the message says which, where that is known, and where."""

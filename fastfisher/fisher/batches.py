@@ -50,6 +50,10 @@ class Samples:
             leaves, self.skeleton, tuple(o for o, keep in zip(self.origin, kept, strict=True) if keep)
         )
 
+    def cpu(self) -> Samples:
+        """The samples in CPU memory, where they may be already."""
+        return Samples(tuple(leaf.cpu() for leaf in self.leaves), self.skeleton, self.origin)
+
     def batch(self, leaves: Sequence[Tensor] | None = None) -> Any:
         """The batch in the shape the loader gave it, around these leaves or others."""
         return _fill(self.skeleton, self.leaves if leaves is None else leaves)
@@ -147,12 +151,12 @@ class SampleReader:
         self.known = known_samples(data)
         self._data = data
         self._batches: Iterator[tuple[int, Any]] = enumerate(batches)
-        self._repeat = repeat
+        self.repeat = repeat
         self._in_pass = 0  # samples read in this pass
         self._first_pass = True
         self._held: list[Samples] = []
         self._hash = hashlib.blake2b(digest_size=8)
-        self._device = device
+        self.device = device
         self.seen = 0
 
     @property
@@ -168,7 +172,7 @@ class SampleReader:
                 if len(samples):
                     self._in_pass += len(samples)
                     return samples
-            if self._repeat is None or self.once or self._in_pass < max(1, self._repeat):
+            if self.repeat is None or self.once or self._in_pass < max(1, self.repeat):
                 return None
             self._batches = enumerate(iter(self._data))
             self._in_pass = 0
@@ -232,4 +236,4 @@ class SampleReader:
         return self._move(group)
 
     def _move(self, group: Samples) -> Samples:
-        return Samples(tuple(leaf.to(self._device) for leaf in group.leaves), group.skeleton, group.origin)
+        return Samples(tuple(leaf.to(self.device) for leaf in group.leaves), group.skeleton, group.origin)

@@ -261,6 +261,51 @@ class LiveLayout(BlockLayout):
         return self.whole.unflatten(self.scatter(vector))
 
 
+class PartLayout(BlockLayout):
+    """Blocks first to last - 1 of another layout, with their range of its weights as a vector of its own.
+
+    start, stop: that range in the whole.
+    """
+
+    def __init__(self, whole: BlockLayout, first: int, last: int) -> None:
+        self.whole = whole
+        self.first = first
+        self.start, self.stop = int(whole.blocks[first, 0]), int(whole.blocks[last - 1, 1])
+        self.num_weights = self.stop - self.start
+        self.block_size = whole.block_size
+        self.single_block = whole.single_block
+        self.group = whole.group
+        self.last = whole.last
+        self.blocks = whole.blocks[first:last] - self.start
+        ranges = {
+            name: (max(a - self.start, 0), min(b, self.stop) - self.start)
+            for name, (a, b) in whole.parameter_ranges.items()
+            if a < self.stop and self.start < b
+        }
+        self.parameter_ranges = ranges
+        self.names = tuple(ranges)
+        self.shapes = tuple(torch.Size([b - a]) for a, b in ranges.values())
+
+    @property
+    def groups(self) -> Tensor:
+        """The group of every weight in the whole, int64 [d], not decreasing."""
+        return self.whole.groups[self.start : self.stop]
+
+    def describe_block(self, b: int) -> str:
+        """Which weights block b holds, as the whole tells it."""
+        return self.whole.describe_block(self.first + b)
+
+    def rows(self, name: str, grads: Tensor) -> Tensor:
+        """The weights of one tensor that are in this part, from [k, *shape] to [k, its share of d]."""
+        begin = self.whole.parameter_ranges[name][0]
+        start, stop = (self.start + edge - begin for edge in self.parameter_ranges[name])
+        return self.whole.rows(name, grads)[:, start:stop]
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """From a vector of all that the whole gathers from to the one [d] of this part."""
+        return self.whole.gather(vector)[self.start : self.stop]
+
+
 def padded(x: Tensor, blocks: Tensor, block_size: int, fill: float) -> Tensor:
     """A vector [d] as one row for each block, [K, B], with `fill` after a short one.   blocks: int64 [K, 2]."""
     index = blocks[:, :1] + torch.arange(block_size, device=x.device)  # [K, B]

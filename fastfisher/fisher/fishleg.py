@@ -31,7 +31,7 @@ from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.inverse import (
     UPDATES,
     FisherInverse,
-    _absolute,
+    absolute_damping,
     check_weight,
     checked_vectors,
     mean_diagonal,
@@ -172,7 +172,7 @@ class FishLegInverse:
         options: those of `start`.
         """
         if damping_mode == "relative":
-            damping = _absolute(damping, mean_diagonal(grads))
+            damping = absolute_damping(damping, mean_diagonal(grads))
         dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
         made = cls.start(layout, damping=damping, dtype=dtype, device=grads.device, **options)
         made.fit(grads, held_out=held_out, max_steps=max_steps)

@@ -18,6 +18,7 @@ written.  Source: WoodFisher, eq. 3.3 (empirical Fisher) and its 'fisher-mini-bs
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -215,6 +216,16 @@ class Objective:
         copies: dict[int, Tensor] = {}
         for name, buffer in model.named_buffers(remove_duplicate=False):
             self._fixed[f"model.{name}"] = copies.setdefault(id(buffer), buffer.detach().clone())
+
+    def only(self, names: Sequence[str]) -> Objective:
+        """The same loss as a function of some of the targets, the others staying as they are."""
+        other = copy.copy(self)
+        other.weights = {name: self.weights[name] for name in names}
+        other._fixed = dict(self._fixed)
+        for name, weight in self.weights.items():
+            if name not in other.weights:
+                other._fixed.update(dict.fromkeys(self._aliases[name], weight))
+        return other
 
     def _evaluate(
         self, weights: Mapping[str, Tensor], samples: Samples, leaves: Sequence[Tensor]
@@ -566,6 +577,7 @@ class GradientStream:
     Gradients or losses that are not finite are left out, counted, and replaced by further samples while the loader has
     any; rows of zeros complete the count after that.
     memory_limit: bytes for buffer, activations and gradients of a micro-batch.
+    keep_samples: all samples whose gradients were finite stay in `used`, on the CPU, in their order.
 
     Raises FastFisherError when the loader is too short or the model fails, FisherError when no gradient is finite.
     """
@@ -578,6 +590,7 @@ class GradientStream:
         *,
         num_grads: int,
         memory_limit: int = 1 << 30,
+        keep_samples: bool = False,
     ) -> None:
         self.objective = objective
         self.layout = layout
@@ -590,6 +603,8 @@ class GradientStream:
         self.sum_fourth = 0.0  # Σ ‖g‖⁴
         self.kept: list[Samples] = []
         self.kept_losses: list[Tensor] = []
+        self.used: list[Samples] = []
+        self._keep_samples = keep_samples
         self._reader = data if isinstance(data, SampleReader) else SampleReader(data, objective.device)
         self._per_grad = objective.grad_batch_size
         self._each = 1 if objective.fisher_type != "exact" else 0  # rows per gradient, 0 for not yet known
@@ -691,6 +706,8 @@ class GradientStream:
                 self.kept.append(samples)
                 self.kept_losses.append(losses[finite.to(losses.device)].double())
                 kept_bytes += samples.nbytes
+            if good and self._keep_samples:
+                self.used.append(samples.cpu())
             self.num_finite += good
             filled += good
             if filled == room_for:

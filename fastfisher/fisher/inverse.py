@@ -91,7 +91,7 @@ class FisherInverse:
         _check_options(damping, damping_mode, form)
         form = choose_form(form, flat.shape[0], layout.block_size)
         if damping_mode == "relative":
-            damping = _absolute(damping, float(sum_of_squares(flat)) / (m * layout.num_weights))
+            damping = absolute_damping(damping, float(sum_of_squares(flat)) / (m * layout.num_weights))
         if device is not None and torch.device(device) != flat.device:
             accumulator = FisherAccumulator(
                 layout, num_grads=m, num_rows=flat.shape[0], damping=damping, form=form, device=device
@@ -418,7 +418,7 @@ def inverse_diagonal(
     m = _checked_num_grads(flat, num_grads)
     _check_options(damping, damping_mode, "auto")
     if damping_mode == "relative":
-        damping = _absolute(damping, float(sum_of_squares(flat)) / (m * layout.num_weights))
+        damping = absolute_damping(damping, float(sum_of_squares(flat)) / (m * layout.num_weights))
     out = torch.empty(layout.num_weights, dtype=_parts.state_dtype(flat.dtype), device=flat.device)
     if choose_form("auto", flat.shape[0], layout.block_size) == "dual":
         _parts.dual_diagonal(flat, layout, num_grads=m, damping=damping, out=out)
@@ -542,9 +542,11 @@ class FisherAccumulator:
                 _parts.running_step(self.form, f_inv, grads, blocks, self.num_grads)
         self.count += grads.shape[0]
 
-    def finish(self) -> FisherInverse:
+    def finish(self, damping: float | None = None) -> FisherInverse:
         """The inverse; the accumulator is empty afterwards.
 
+        damping: λ itself, where it is known by now: this layout may be part of a larger one, over which the mean of a
+        relative damping is taken.
         Raises FastFisherError when fewer than num_grads gradients have come, FisherError where a block breaks
         down.
         """
@@ -552,12 +554,13 @@ class FisherAccumulator:
             raise FastFisherError(f"num_grads={self._num_rows} were announced, got only {self.count}")
         assert self._grads_dtype is not None
         mean = None if self._sum is None else self._sum / self.num_grads
-        damping = self._damping
-        if self._damping_mode == "relative":
+        if damping is None and self._damping_mode == "relative":
             squares = float(self._squares)
             if self._centered and mean is not None:
                 squares -= self.num_grads * float(sum_of_squares(mean[None]))
-            damping = _absolute(damping, squares / (self.num_grads * self.layout.num_weights))
+            damping = absolute_damping(self._damping, squares / (self.num_grads * self.layout.num_weights))
+        elif damping is None:
+            damping = self._damping
         dtype = _parts.state_dtype(self._grads_dtype)
         states, self._states, self.count, self._sum = self._states, [], 0, None
         if self._centered and mean is not None:
@@ -658,7 +661,7 @@ def mean_diagonal(grads: Tensor) -> float:
     return float(sum_of_squares(grads)) / grads.numel()
 
 
-def _absolute(damping: float, mean_diagonal: float) -> float:
+def absolute_damping(damping: float, mean_diagonal: float) -> float:
     """λ from its ratio to the mean of the Fisher diagonal."""
     if not (mean_diagonal > 0 and math.isfinite(mean_diagonal)):
         raise FastFisherError(

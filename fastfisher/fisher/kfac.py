@@ -26,7 +26,7 @@ from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.conjugate import conjugate_gradients
 from fastfisher.fisher.gradients import Objective, parameter_aliases, untouched
 from fastfisher.fisher.hessian import target_names
-from fastfisher.fisher.inverse import UPDATES, _absolute, _check_options, check_weight, checked_vectors
+from fastfisher.fisher.inverse import UPDATES, _check_options, absolute_damping, check_weight, checked_vectors
 
 FISHER_TYPES = ("empirical", "mc")
 # Patches unfolded at once, in bytes: they are kernel-size times as large as the image they come from.
@@ -494,7 +494,7 @@ def kfac_inverse(
         traces = [
             float((_trace(A) * _trace(S)).sum()) for A, S in factors.values()
         ]  # of S ⊗ A, over the groups
-        damping = _absolute(damping, sum(traces) / layout.num_weights)
+        damping = absolute_damping(damping, sum(traces) / layout.num_weights)
     layers = {}
     for name, (A, S) in factors.items():
         try:

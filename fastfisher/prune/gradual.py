@@ -20,9 +20,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -31,8 +29,9 @@ from fastfisher.errors import FastFisherError
 from fastfisher.prune.learner import Learner, learner_of
 from fastfisher.prune.masks import HeldSparsity, unwrapped, unwrapped_optimizer
 from fastfisher.prune.patterns import Pattern
-from fastfisher.prune.plan import gradient_limit, layout_of
+from fastfisher.prune.plan import checked_plan, layout_of
 from fastfisher.prune.pruner import prune, prune_once
+from fastfisher.prune.ranks import Ranks, group_of
 from fastfisher.prune.schedule import as_schedule, real
 from fastfisher.prune.settings import Settings, layer_limits
 from fastfisher.prune.surgeon import Surgeon
@@ -41,7 +40,7 @@ from fastfisher.report import Report
 
 FORMAT = 2
 # Keywords of `prune` that a step is told, or that belong to one call.
-_OF_A_STEP = ("model", "data", "sparsity", "eval_fn")
+_OF_A_STEP = ("model", "data", "sparsity", "eval_fn", "process_group")
 _OF_THE_CALL = ("targets", "ignore", "loss_fn", "progress", "memory_limit")
 
 
@@ -58,7 +57,7 @@ class Pruner:
     writer: the same figures go to its add_scalar(tag, value, when), such as that of TensorBoard's SummaryWriter.
 
     process_group: the processes that train copies of this model, by default those of DistributedDataParallel around it.
-        Each prunes, and the first one's weights are sent to the others, whose data and running statistics may differ.
+        They prune together, each with its own data; see `prune`.
 
     masks: first name -> bool in the parameter's shape, True = keep.   reports: one for every step that pruned.
     Zeros that the weights have at the beginning are held too.  The model itself stays plain: same keys, same copies.
@@ -88,8 +87,7 @@ class Pruner:
                 raise FastFisherError(f"Pruner has no option {name!r}; the closest is {close[0]!r}")
         given = {**defaults, "num_recomputations": 0, **options, "method": method}
         self.model = unwrapped(model)
-        replicas = (m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel))
-        self.process_group = process_group or next(replicas, None)
+        self.process_group = process_group or group_of(model)
         self.schedule = as_schedule(schedule)
         self.reports: list[Report] = []
         self._last: float | None = None  # the latest time of the schedule that was served
@@ -99,7 +97,9 @@ class Pruner:
         found = self._targets()
         layout = layout_of(found, self._settings)
         layer_limits(self._settings, layout)
-        gradient_limit(layout, self._settings, found, given["memory_limit"])
+        checked_plan(
+            layout, self._settings, found, given["memory_limit"], ranks=Ranks(self.process_group).size
+        )
         self._held = HeldSparsity(self.model, strict=strict)
         self._held.hold(found.aliases)
         self._learner: Learner | None = None  # what is kept from one pruning to the next
@@ -259,9 +259,16 @@ class Pruner:
             seed=self._settings.seed + len(self.reports),  # a loader that shuffles gives other samples
         )
         learner = self._new_learner() if self._learner is None else self._learner.copy()
-        report = prune_once(self.model, data, settings, title=title, learner=learner, **self._options)
+        report = prune_once(
+            self.model,
+            data,
+            settings,
+            title=title,
+            learner=learner,
+            process_group=self.process_group,
+            **self._options,
+        )
         self._learner = learner
-        self._agree()
         held.hold(self._targets().aliases)
         mended = sum(held.mended.values())
         if mended > self._mended:
@@ -276,17 +283,6 @@ class Pruner:
             )
         self.reports.append(report)
         return report
-
-    def _agree(self) -> None:
-        """The target weights of the first process to all that train copies of the model."""
-        if self.process_group is None:
-            return
-        for parameter in self._targets().parameters.values():
-            weight = parameter.detach()
-            # what is sent must lie without gaps; copied onto itself where it does
-            sent = weight.contiguous()
-            dist.broadcast(sent, group=self.process_group, group_src=0)
-            weight.copy_(sent)
 
     def finalize(self) -> None:
         """Check that all zeros are in place, let go of the optimizers, and warn where the schedule was not completed.

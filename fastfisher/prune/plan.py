@@ -6,6 +6,8 @@ a few blocks is built from random gradients, on this machine, in well under a se
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.errors import DoesNotFitError, FastFisherError
+from fastfisher.fisher import offload
 from fastfisher.fisher.batches import SampleReader
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, chunks, untouched
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
 from fastfisher.fisher.kronecker import tile_side
 from fastfisher.memory import format_bytes, free_bytes, parse_bytes
+from fastfisher.prune.groups import ONE_GROUP, Storage, shares_blocks
 from fastfisher.prune.select import keep_mask
 from fastfisher.prune.settings import DATA_FREE, FROM_GRADIENTS, FishLeg, Settings
 from fastfisher.prune.surgeon import BATCH_BYTES
@@ -56,6 +60,7 @@ class Plan:
     phases: tuple[Phase, ...]
     free: int | None
     device: str
+    storage: Storage = ONE_GROUP
     largest_block: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -98,6 +103,8 @@ class Plan:
                 else f"{sizes.num_blocks:,} blocks of up to {sizes.block_size}"
             )
             head += f" in {blocks}, {self.num_grads} gradients, {self.form} form"
+        if self.storage.groups > 1 and self.fits:
+            head += f"\n{self.storage}"
         free = "unknown" if self.free is None else format_bytes(self.free)
         foot = f"free on {self.device}: {free}" if self.fits else self.refusal
         return "\n".join([head, align(rows), foot, *(f"note: {note}" for note in self.notes)])
@@ -141,10 +148,24 @@ class Sizes:
             return self.num_blocks * (num_grads**2 * self.block_size + num_grads**3 / 3)
         return self.num_blocks * (num_grads * self.block_size**2 + self.block_size**3)
 
+    def part(self, parts: int) -> float:
+        """The largest share of the blocks that one of so many equal parts holds."""
+        return -(-self.num_blocks // parts) / self.num_blocks
+
     def phase_bytes(
-        self, settings: Settings, limit: int, activation: int, rows_per_grad: int = 1
+        self,
+        settings: Settings,
+        limit: int,
+        activation: int,
+        rows_per_grad: int = 1,
+        *,
+        parts: int = 1,
+        samples: int = 0,
     ) -> dict[str, int]:
-        """Bytes per phase when the gradients may take `limit`, and a sample's activations take `activation`."""
+        """Bytes per phase when the gradients may take `limit`, and a sample's activations take `activation`.
+
+        parts: into which the blocks are cut, of which one is at hand.   samples: bytes of those that are kept.
+        """
         num_rows = settings.num_grads * rows_per_grad
         vectors = FLAT_VECTORS * self.num_weights * self.itemsize
         if settings.method in DATA_FREE:
@@ -153,8 +174,8 @@ class Sizes:
             vectors += 2 * INDEX_BYTES * self.num_weights
         row = self.num_weights * self.itemsize
         rows, micro = chunks(row, num_rows, limit, activation)
-        buffer = (2 + rows) * row  # the weights, the dead ones, and the rows handed over
-        fisher, inverse = self.fisher_bytes(num_rows)
+        buffer = (2 + rows) * row + samples  # the weights, the dead ones, and the rows handed over
+        fisher, inverse = (math.ceil(self.part(parts) * n) for n in self.fisher_bytes(num_rows))
         if settings.chosen_update == "greedy":
             vectors += 4 * 8 * self.num_weights  # order, losses, and saliencies in order
         return {
@@ -175,7 +196,7 @@ def _largest_block(layout: BlockLayout, sizes: Sizes, settings: Settings, free: 
     for size in reversed([size for size in candidates if size < sizes.block_size]):
         count = sum(-(-(stop - start) // size) for start, stop in layout.parameter_ranges.values())
         smaller = replace(sizes, num_blocks=count, block_size=size, single_block=False)
-        if max(smaller.phase_bytes(settings, 1, 0).values()) <= free:
+        if max(smaller.phase_bytes(settings, 1, 0, parts=count).values()) <= free:
             return size
     return None
 
@@ -187,11 +208,16 @@ def byte_plan(
     memory_limit: int | str | None,
     activation: int = 0,
     rows_per_grad: int = 1,
+    *,
+    ranks: int = 1,
+    samples: int = 0,
 ) -> tuple[Plan, int]:
     """The plan without seconds, and the bytes that the gradients may take beside the Fisher.
 
     activation: bytes of one sample's activations, 0 where they are not known.   rows_per_grad: outer products that a
-    sample gives, more than 1 for fisher_type "exact".
+    sample gives, more than 1 for fisher_type "exact".   ranks: processes that share the blocks.
+    samples: bytes of those that stay to recompute gradients from, with more than one group.
+    The blocks are worked on in as few groups as fit; where even groups of one block do not, the plan says so.
     """
     num_rows = settings.num_grads * rows_per_grad
     if settings.method == "hessian":
@@ -205,37 +231,157 @@ def byte_plan(
     if settings.method == "fishleg":
         sizes = replace(sizes, factors=_fishleg_bytes(layout, settings, sizes.itemsize))
     free = free_bytes(targets.device) if memory_limit is None else parse_bytes(memory_limit)
-    limit = GRADIENT_BYTES
-    if free is not None and settings.method not in DATA_FREE:
-        row = layout.num_weights * sizes.itemsize
-        limit = max(1, min(limit, free - max(sizes.fisher_bytes(num_rows)) - 2 * row))
-    plan = Plan(
-        sizes=sizes,
-        num_grads=settings.num_grads,
-        form="none" if settings.method in DATA_FREE else sizes.form(num_rows),
-        phases=tuple(
-            Phase(*item) for item in sizes.phase_bytes(settings, limit, activation, rows_per_grad).items()
-        ),
-        free=free,
-        device=str(targets.device),
-    )
-    if not plan.fits and free is not None and settings.method == "woodfisher":
+    parts_apart = shares_blocks(settings)
+    row = layout.num_weights * sizes.itemsize
+
+    def at(groups: int) -> tuple[Plan, int]:
+        parts = groups * ranks if parts_apart else 1
+        kept = samples if groups > 1 else 0
+        limit = GRADIENT_BYTES
+        if free is not None and settings.method not in DATA_FREE:
+            fisher = math.ceil(sizes.part(parts) * max(sizes.fisher_bytes(num_rows)))
+            limit = max(1, min(limit, free - fisher - 2 * row - kept))
+        phases = sizes.phase_bytes(settings, limit, activation, rows_per_grad, parts=parts, samples=kept)
+        return Plan(
+            sizes=sizes,
+            num_grads=settings.num_grads,
+            form="none" if settings.method in DATA_FREE else sizes.form(num_rows),
+            phases=tuple(Phase(*item) for item in phases.items()),
+            free=free,
+            device=str(targets.device),
+            storage=Storage(groups=groups),
+        ), limit
+
+    groups, most = 1, max(1, layout.num_blocks // ranks) if parts_apart else 1
+    plan, limit = at(groups)
+    while not plan.fits and groups < most:
+        groups = min(most, max(groups + 1, groups * 5 // 4))
+        plan, limit = at(groups)
+    if not plan.fits and free is not None and parts_apart:
         plan = replace(plan, largest_block=_largest_block(layout, sizes, settings, free))
     return plan, limit
 
 
-def gradient_limit(
+def checked_plan(
     layout: BlockLayout,
     settings: Settings,
     targets: Targets,
     memory_limit: int | str | None,
     rows_per_grad: int = 1,
-) -> int:
-    """Bytes the gradients may take beside the Fisher.  Raises DoesNotFitError where the run does not fit."""
-    found, limit = byte_plan(layout, settings, targets, memory_limit, rows_per_grad=rows_per_grad)
+    ranks: int = 1,
+) -> tuple[int, int]:
+    """Groups of blocks, and bytes the gradients may take beside one.   Raises DoesNotFitError where nothing fits."""
+    found, limit = byte_plan(
+        layout, settings, targets, memory_limit, rows_per_grad=rows_per_grad, ranks=ranks
+    )
     if not found.fits:
         raise DoesNotFitError(found.refusal)
-    return limit
+    return found.storage.groups, limit
+
+
+def choose_storage(
+    sizes: Sizes,
+    settings: Settings,
+    groups: int,
+    device: torch.device,
+    *,
+    num_rows: int,
+    gradients: float | None,
+    inverse: float,
+    samples: int,
+    ranks: int = 1,
+) -> Storage:
+    """What is cheapest to do with gradients and inverses while other groups of blocks are worked on.
+
+    gradients: seconds that all of them take, None where that is not known.   inverse: seconds to build all groups.
+    samples: bytes that must stay in CPU memory to recompute gradients from.
+    Raises DoesNotFitError where there is room for nothing that would do.
+    """
+    rows_bytes = num_rows * sizes.num_weights * sizes.itemsize // ranks
+    state_bytes = num_rows * sizes.num_weights * sizes.itemsize + 8 * sizes.num_blocks * num_rows**2
+    if sizes.form(num_rows) != "dual":
+        state_bytes = sizes.num_blocks * sizes.block_size**2 * sizes.itemsize
+    state_bytes //= ranks
+    visits = 2 + (settings.method == "woodtaylor") - (settings.chosen_update is None)
+    free = free_bytes(torch.device("cpu"))
+    # labels that are drawn would be drawn anew
+    again = gradients is not None and settings.fisher_type != "mc" and (free is None or samples <= free // 2)
+    options: list[tuple[float, Storage]] = []
+    for stored_rows, stored_states in itertools.product((False, True), repeat=2):
+        if (not stored_rows and not again) or (stored_states and visits == 1):
+            continue
+        nbytes = rows_bytes * stored_rows + state_bytes * stored_states
+        place = offload.place_for(nbytes, device)
+        if place is None:
+            continue
+        storage = Storage(
+            groups,
+            "stored" if stored_rows else "recomputed",
+            "stored" if stored_states else "rebuilt",
+            place,
+            nbytes,
+            visits=visits,
+        )
+        if nbytes:
+            write, read = offload.seconds_per_byte(place, device)
+            moved = rows_bytes * stored_rows * (write + storage.builds * read)
+            moved += state_bytes * stored_states * (write + (visits - 1) * read)
+            storage = replace(storage, seconds=moved)
+        computed = storage.passes * (gradients or 0.0) + storage.builds * inverse
+        options.append((computed + storage.seconds, storage))
+    if not options:
+        raise DoesNotFitError(
+            f"{format_bytes(rows_bytes)} of gradients fit neither into memory_limit nor into the folder of temporary "
+            f"files; set TMPDIR to a larger one, or take fewer gradients"
+        )
+    options.sort(key=lambda option: option[0])
+    (seconds, best), rest = options[0], options[1:]
+    why = f"{seconds:.2g} s a step"
+    if gradients is None:
+        why = "the data can be read only once"
+    elif settings.fisher_type == "mc":
+        why = "labels would be drawn anew"
+    elif rest:
+        second = rest[0][1]
+        why += (
+            f", against {rest[0][0]:.2g} s with gradients {second.gradients} and inverses {second.inverses}"
+        )
+    return replace(best, why=why)
+
+
+def storage_for(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    objective: Objective,
+    settings: Settings,
+    layout: BlockLayout,
+    sizes: Sizes,
+    groups: int,
+    limit: int,
+    *,
+    ranks: int = 1,
+) -> Storage:
+    """`choose_storage` from what gradients and inverses take on this machine."""
+    if groups == 1:
+        return ONE_GROUP
+    device, gradients, samples, each = objective.device, None, 0, 1
+    if data is not None and not isinstance(data, Iterator):
+        with untouched(model, settings.seed):
+            cost = _gradient_cost(data, objective, settings, limit, layout.num_weights * sizes.itemsize)
+        gradients, samples, each = cost.seconds, cost.samples, cost.rows_per_grad
+    num_rows = settings.num_grads * each
+    seconds = _fisher_seconds(sizes, settings, device, num_rows)
+    return choose_storage(
+        sizes,
+        settings,
+        groups,
+        device,
+        num_rows=num_rows,
+        gradients=None if gradients is None else gradients / ranks,
+        inverse=(seconds["fisher"] + seconds["inverse"]) / ranks,
+        samples=samples // ranks,
+        ranks=ranks,
+    )
 
 
 def _fishleg_bytes(layout: BlockLayout, settings: Settings, itemsize: int) -> int:
@@ -309,10 +455,20 @@ def _fisher_seconds(
     }
 
 
-def _gradient_seconds(
-    model: nn.Module, data: Iterable[Any], objective: Objective, settings: Settings, limit: int, row: int
-) -> tuple[float, int, int]:
-    """Seconds of all gradients, bytes of the activations behind one, and its rows, from the loader's first samples."""
+@dataclass(frozen=True)
+class GradientCost:
+    """Of all gradients of one step: seconds, bytes of the samples; of one: bytes of activations, rows."""
+
+    seconds: float
+    samples: int
+    activation: int
+    rows_per_grad: int
+
+
+def _gradient_cost(
+    data: Iterable[Any], objective: Objective, settings: Settings, limit: int, row: int
+) -> GradientCost:
+    """Measured on the loader's first samples.   row: bytes of one gradient."""
     reader = SampleReader(data, objective.device)
     per_sample = settings.grad_batch_size == 1
     samples = reader.peek() if per_sample else reader.take(settings.grad_batch_size, exactly=False)
@@ -322,8 +478,13 @@ def _gradient_seconds(
     if samples is None:
         raise FastFisherError(f"num_grads={settings.num_grads} but the loader yields 0 samples.")
     seconds, _ = _timed(lambda: objective.gradients(samples))
-    total = seconds * settings.num_grads * settings.grad_batch_size / len(samples)
-    return total, activation, objective.rows_per_sample(samples.narrow(0, 1))
+    times = settings.num_grads * settings.grad_batch_size / len(samples)
+    return GradientCost(
+        seconds * times,
+        int(samples.nbytes * times),
+        activation,
+        objective.rows_per_sample(samples.narrow(0, 1)),
+    )
 
 
 def plan(
@@ -373,9 +534,10 @@ def plan(
     before = zeros / layout.num_weights
     steps = settings.targets_of_steps(before)
     seconds: dict[str, float] = {}
-    activation, each = 0, 1
+    price = GradientCost(0.0, 0, 0, 1)
     notes: tuple[str, ...] = ()
-    if data is None or isinstance(data, Iterator):
+    timed = data is not None and not isinstance(data, Iterator)
+    if data is None or not timed:
         notes = ("The gradients were not timed: the data can be read only once, or there is none.",)
     else:
         with untouched(model, seed):
@@ -387,17 +549,35 @@ def plan(
                 fisher_type=fisher_type,
             )
             row = layout.num_weights * rough.sizes.itemsize
-            once, activation, each = _gradient_seconds(model, data, objective, settings, limit, row)
-            seconds["gradients"] = once * len(steps)
+            price = _gradient_cost(data, objective, settings, limit, row)
+            seconds["gradients"] = price.seconds * len(steps)
             if objective.why_loop is not None:
                 notes = (
                     f"Samples are differentiated one at a time: vmap cannot trace the model ({objective.why_loop}).",
                 )
     # every step differentiates the whole network, and works on the blocks of the weights that are left
     work = sum(1 - sparsity for sparsity in [before, *steps[:-1]])
-    once_each = _fisher_seconds(rough.sizes, settings, found.device, settings.num_grads * each)
+    num_rows = settings.num_grads * price.rows_per_grad
+    once_each = _fisher_seconds(rough.sizes, settings, found.device, num_rows)
     seconds |= {phase: time * work for phase, time in once_each.items()}
-    final, _ = byte_plan(layout, settings, found, memory_limit, activation, each)
+    final, _ = byte_plan(
+        layout, settings, found, memory_limit, price.activation, price.rows_per_grad, samples=price.samples
+    )
+    if final.fits and final.storage.groups > 1:
+        storage = choose_storage(
+            final.sizes,
+            settings,
+            final.storage.groups,
+            found.device,
+            num_rows=num_rows,
+            gradients=price.seconds if timed else None,
+            inverse=once_each["fisher"] + once_each["inverse"],
+            samples=price.samples,
+        )
+        final = replace(final, storage=storage, phases=(*final.phases, Phase("offload", 0)))
+        factors = {"gradients": storage.passes, "fisher": storage.builds, "inverse": storage.builds}
+        seconds = {phase: time * factors.get(phase, 1) for phase, time in seconds.items()}
+        seconds["offload"] = storage.seconds * work
     phases = tuple(replace(phase, seconds=seconds.get(phase.name)) for phase in final.phases)
     return replace(final, phases=phases, notes=notes)
 

@@ -24,12 +24,15 @@ from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.gradients import GradientStream, LossFn, Objective, untouched
 from fastfisher.memory import peak_bytes
 from fastfisher.prune.flops import count_flops
+from fastfisher.prune.groups import ONE_GROUP, shares_blocks
 from fastfisher.prune.learner import Learner, learner_of
-from fastfisher.prune.plan import gradient_limit, layout_of, plan
+from fastfisher.prune.masks import unwrapped
+from fastfisher.prune.plan import Sizes, checked_plan, layout_of, plan, storage_for
 from fastfisher.prune.progress import Bar, Progress
+from fastfisher.prune.ranks import Ranks, group_of
 from fastfisher.prune.select import num_zeros
 from fastfisher.prune.settings import DATA_FREE, FishLeg, Settings, layer_limits
-from fastfisher.prune.steps import Clock, Outcome, Read, Run
+from fastfisher.prune.steps import Clock, Outcome, Read, Run, fingerprint
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.prune.update import as_parameters, written
 from fastfisher.report import LayerRow, Report
@@ -40,15 +43,22 @@ __all__ = ["plan", "prune"]
 FEW_EFFECTIVE = 0.1
 
 
-def _mean_loss(objective: Objective, groups: Sequence[Samples], weights: dict[str, Tensor]) -> float:
+def _mean_loss(
+    objective: Objective, groups: Sequence[Samples], weights: dict[str, Tensor], ranks: Ranks
+) -> float:
     """Mean loss over the kept samples (mini-batches, where the gradients are means over them)."""
     with torch.no_grad():
         losses = torch.cat([objective.losses(weights, group).double() for group in groups])
-    return float(losses.mean())
+    total, count = ranks.sum(float(losses.sum()), len(losses))
+    return total / count
 
 
 def _second_order(
-    objective: Objective, groups: Sequence[Samples], change: dict[str, Tensor], damping: float
+    objective: Objective,
+    groups: Sequence[Samples],
+    change: dict[str, Tensor],
+    damping: float,
+    ranks: Ranks,
 ) -> tuple[float, float]:
     """½ δᵀ(λI + F)δ, F the Fisher of the kept samples, and (1/n) Σ g·δ over them."""
     slopes = torch.cat([objective.slopes(change, group) for group in groups])
@@ -57,7 +67,8 @@ def _second_order(
     else:
         curvatures = torch.cat([objective.curvatures(change, group) for group in groups])
     length = sum(float((delta.double() ** 2).sum()) for delta in change.values())
-    return 0.5 * (float(curvatures.mean()) + damping * length), float(slopes.mean())
+    curvature, slope, count = ranks.sum(float(curvatures.sum()), float(slopes.sum()), len(slopes))
+    return 0.5 * (curvature / count + damping * length), slope / count
 
 
 def _number(result: Any) -> Any:
@@ -118,9 +129,9 @@ def _fill_sizes(report: Report, model: nn.Module, total_flops: float | None) -> 
 
 
 def _fill_gradients(report: Report, settings: Settings, outcome: Outcome, objective: Objective) -> None:
-    if not outcome.streams:
+    if not outcome.summaries:
         return
-    first = outcome.streams[0]
+    first = outcome.summaries[0]
     report.block_size = settings.fisher_block
     report.damping = settings.damping
     report.damping_mode = settings.damping_mode
@@ -130,21 +141,21 @@ def _fill_gradients(report: Report, settings: Settings, outcome: Outcome, object
     report.grad_batch_size = settings.grad_batch_size
     report.steps = outcome.steps
     report.effective_grads = first.effective
-    report.non_finite_grads = sum(stream.num_non_finite for stream in outcome.streams)
+    report.non_finite_grads = sum(summary.num_non_finite for summary in outcome.summaries)
     report.data_fingerprint = first.fingerprint
     if first.effective < FEW_EFFECTIVE * settings.num_grads:
         report.notes.append(
             f"Effective number of gradients is {first.effective:.0f} of {settings.num_grads}: the model fits this "
             f"data almost perfectly; use held-out data, fisher_type='mc', or larger damping."
         )
-    for stream in outcome.streams:
-        if stream.num_non_finite:
+    for summary in outcome.summaries:
+        if summary.num_non_finite:
             used = (
-                "" if stream.num_finite == settings.num_grads else f"; {stream.num_finite} were left to use"
+                "" if summary.num_finite == settings.num_grads else f"; {summary.num_finite} were left to use"
             )
             report.notes.append(
-                f"{stream.num_non_finite} of {stream.num_finite + stream.num_non_finite} gradients were non-finite "
-                f"(first: {stream.first_non_finite}){used}."
+                f"{summary.num_non_finite} of {summary.num_finite + summary.num_non_finite} gradients were non-finite "
+                f"(first: {summary.first_non_finite}){used}."
             )
     if objective.why_loop is not None:
         report.notes.append(
@@ -184,6 +195,7 @@ def prune(
     seed: int = 0,
     progress: Progress | bool | None = None,
     memory_limit: int | str | None = None,
+    process_group: Any = None,
 ) -> Report:
     """Set round(sparsity · d) of the d target weights to zero where the loss suffers least, and correct the others.
 
@@ -225,7 +237,10 @@ def prune(
     seed: of torch's generators while this function runs; their state is restored.
     progress: None for a line with phase and remaining time on a terminal, True for one anywhere, False for none; or a
         function: progress(phase, done, total) is called after every piece of gradients.
-    memory_limit: bytes or a text like "8 GB"; by default what is free.
+    memory_limit: bytes or a text like "8 GB" for what a run needs beyond the model; by default what is free.  Blocks
+        that do not fit at once are worked on in groups, see `plan`.
+    process_group: processes that hold the same weights and prune them together, each with data of its own, num_grads in
+        all; by default those of DistributedDataParallel around the model.  Every process calls with the same arguments.
 
     The model is changed in place, at the very end: on any error or interrupt it is bit for bit as it was.  Weights keep
     dtype, memory and ties; zeros that are there already stay and count.
@@ -242,6 +257,7 @@ def prune(
         eval_fn=eval_fn,
         progress=progress,
         memory_limit=memory_limit,
+        process_group=process_group,
     )
 
 
@@ -258,29 +274,39 @@ def prune_once(
     memory_limit: int | str | None = None,
     title: str = "prune",
     learner: Learner | None = None,
+    process_group: Any = None,
 ) -> Report:
     """`prune` with settings that are checked already, among them such as its keywords cannot express.
 
     title: what stands before the progress.
     learner: what earlier prunings have learned, with method="fishleg" or a fisher_average; it learns on.
     """
-    found = find_targets(model, targets, ignore)
-    found.take(model, settings.rule)
-    layout = layout_of(found, settings)
-    limit = gradient_limit(layout, settings, found, memory_limit)
-    most = layer_limits(settings, layout)
-    needs_data = settings.method not in DATA_FREE
-    if (needs_data or settings.cost == "flops") and data is None:
-        what = (
-            f"method={settings.method!r} needs data to take gradients from"
-            if needs_data
-            else "cost='flops' needs a sample"
-        )
-        raise FastFisherError(f"{what}; got None")
+    ranks = Ranks(process_group or group_of(model))
+    model = unwrapped(model)
+    with ranks.together("the checks"):
+        found = find_targets(model, targets, ignore)
+        found.take(model, settings.rule)
+        layout = layout_of(found, settings)
+        groups, limit = checked_plan(layout, settings, found, memory_limit, ranks=ranks.size)
+        most = layer_limits(settings, layout)
+        needs_data = settings.method not in DATA_FREE
+        if (needs_data or settings.cost == "flops") and data is None:
+            what = (
+                f"method={settings.method!r} needs data to take gradients from"
+                if needs_data
+                else "cost='flops' needs a sample"
+            )
+            raise FastFisherError(f"{what}; got None")
+    ranks.same(
+        "the settings", f"{settings} for {layout.names} of {[tuple(shape) for shape in layout.shapes]}"
+    )
+    groups = max(ranks.objects(groups))
     bar = Bar(progress, f"{title} to {100 * settings.sparsity:.3g} %")
     clock = Clock(entered=bar.phase)
 
-    with bar, untouched(model, settings.seed):
+    # draws of their own for samples of their own
+    shift = ranks.rank if shares_blocks(settings) else 0
+    with bar, untouched(model, settings.seed + shift):
         old = {name: parameter.detach() for name, parameter in found.parameters.items()}
         wide = torch.float64 if any(p.dtype == torch.float64 for p in old.values()) else torch.float32
         weight = layout.flatten({name: value.to(wide) for name, value in old.items()})  # [d]
@@ -289,6 +315,8 @@ def prune_once(
         if not bool(torch.isfinite(weight).all()):
             name = next(name for name, value in old.items() if not bool(torch.isfinite(value).all()))
             raise FastFisherError(f"{name!r} holds weights that are not finite")
+        if ranks.size > 1:
+            ranks.same("the weights", fingerprint(weight))
         objective = Objective(
             model,
             list(found.parameters),
@@ -304,28 +332,56 @@ def prune_once(
         notes = [
             f"Left dense, {name} cannot take {settings.pattern}: {why}." for name, why in found.unfit.items()
         ]
-        reader = None
-        if data is not None:
-            reader = SampleReader(data, found.device, repeat=settings.num_grads * settings.grad_batch_size)
-            if reader.once and settings.num_recomputations is None and needs_data:
+        reader, num_grads = None, settings.num_grads
+        with ranks.together("the data"):
+            if data is not None:
+                reader = SampleReader(data, found.device)
+        if reader is not None and needs_data:
+            known = None if reader.known is None else reader.known // settings.grad_batch_size
+            num_grads = ranks.shares(settings.num_grads, known)
+            reader.repeat = num_grads * settings.grad_batch_size
+            if any(ranks.objects(reader.once)) and settings.num_recomputations is None:
                 settings = replace(settings, num_recomputations=0)
                 notes.append("The data can be read only once, so there was one step without recomputations.")
         counted, costs = None, None
         if settings.cost == "flops" and reader is not None and data is not None:
             sample = reader.peek() if reader.once else _some_samples(data, objective)
             counted = None if sample is None else count_flops(objective, model, sample)
+            counted = ranks.objects(counted)[0]  # of the first one's samples
             costs = _costs(found, layout, counted[1] if counted else {})
         learner = learner or learner_of(model, layout, settings)
-        run = Run(layout, settings, found.parameters, clock, bar, costs=costs, most=most, learner=learner)
+        sizes = Sizes.of(layout, wide.itemsize)
+        storage = ONE_GROUP
+        if groups > 1:
+            with ranks.together("the plan"), clock("plan"):
+                storage = storage_for(
+                    model, data, objective, settings, layout, sizes, groups, limit, ranks=ranks.size
+                )
+            storage = ranks.objects(storage)[0]
+            notes.append(f"{storage}.")
+        run = Run(
+            layout,
+            settings,
+            found.parameters,
+            clock,
+            bar,
+            costs=costs,
+            most=most,
+            learner=learner,
+            storage=storage,
+            ranks=ranks,
+            num_grads=num_grads,
+        )
         if reader is None or not needs_data:
             outcome = run.without_gradients(weight, ~dead)
         else:
             if settings.fisher_type == "exact":
-                each = objective.rows_per_sample(_first(reader))
-                limit = gradient_limit(layout, settings, found, memory_limit, each)
+                with ranks.together("the data"):
+                    each = objective.rows_per_sample(_first(reader))
+                    _, limit = checked_plan(layout, settings, found, memory_limit, each, ranks.size)
             outcome = run.with_gradients(weight, ~dead, objective, reader, limit)
             objective.weights = old
-        stream = outcome.streams[0] if outcome.streams else None
+        stream = outcome.first
         values = as_parameters(outcome.new, outcome.mask, layout, found.parameters)
         if counted is None and data is not None:
             sample = (
@@ -361,7 +417,7 @@ def prune_once(
             )
         if stream is not None and outcome.damping is not None:
             with clock("loss check"):
-                _check_loss(report, stream, old, values, outcome.damping)
+                _check_loss(report, stream, old, values, outcome, run.ranks)
 
         if eval_fn is not None and settings.method != "magnitude":
             with clock("evaluate"):
@@ -421,17 +477,20 @@ def _check_loss(
     stream: GradientStream | Read,
     old: dict[str, Tensor],
     values: dict[str, Tensor],
-    damping: float,
+    outcome: Outcome,
+    ranks: Ranks,
 ) -> None:
-    """Fill in the measured and the predicted change of the loss."""
-    report.loss_samples = sum(map(len, stream.kept))
-    report.loss_dense = float(torch.cat(stream.kept_losses).mean())
-    report.loss_pruned = _mean_loss(stream.objective, stream.kept, values)
+    """Fill in the measured and the predicted change of the loss, on the samples that all processes have kept."""
+    report.loss_samples = ranks.count(sum(map(len, stream.kept)))[0]
+    report.loss_dense = outcome.summaries[0].loss
+    report.loss_pruned = _mean_loss(stream.objective, stream.kept, values, ranks)
     if not math.isfinite(report.loss_pruned):
         report.notes.append(
             f"The loss of the pruned model is {report.loss_pruned} on the gradients' samples."
         )
-    if len(report.steps) > 1:
+    if len(report.steps) > 1 or outcome.damping is None:
         return  # no one quadratic model led from the dense network to the pruned one
     change = {name: values[name] - old[name] for name in old}
-    report.predicted_change, report.slope = _second_order(stream.objective, stream.kept, change, damping)
+    report.predicted_change, report.slope = _second_order(
+        stream.objective, stream.kept, change, outcome.damping, ranks
+    )

@@ -21,7 +21,7 @@ from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.fishleg import FishLegInverse
 from fastfisher.fisher.gradients import LossFn, Objective, untouched
-from fastfisher.fisher.inverse import _absolute, mean_diagonal
+from fastfisher.fisher.inverse import absolute_damping, mean_diagonal
 from fastfisher.prune.settings import Settings
 
 # Gradients that are held at once; more come in several batches, each of which Q is fitted to in turn.
@@ -95,7 +95,7 @@ class Surgeon:
         settings, options = self.settings, self.settings.options
         damping = settings.damping
         if settings.damping_mode == "relative":
-            damping = _absolute(damping, mean_diagonal(grads))
+            damping = absolute_damping(damping, mean_diagonal(grads))
         return FishLegInverse.start(
             self.layout,
             damping=damping,
