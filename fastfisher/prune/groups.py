@@ -117,7 +117,7 @@ class GroupedInverse:
         self._enter = enter  # of a phase, a context
         self._advance = advance
         self._limit = limit
-        self._known: dict[int, FisherInverse | dict[str, Any]] = {}  # by group, in memory or put away
+        self._known: dict[int, FisherInverse | dict[str, Any] | None] = {}  # by group, in memory or put away
         self._rows: list[Tensor] = []  # of stored gradients, by group
         self._total: Tensor | None = None  # Σ g of this process, float64 [d], for a covariance
         self._first = True
@@ -142,11 +142,11 @@ class GroupedInverse:
             first = False
         for g in range(len(self.groups)):
             found = self._known.get(g)
-            if isinstance(found, FisherInverse):
-                inverse: FisherInverse | None = found
-            elif found is not None:
+            if isinstance(found, dict):
                 with self._enter("offload"):
-                    inverse = self._taken_back(found, self._part(g))
+                    inverse: FisherInverse | None = self._taken_back(found, self._part(g))
+            elif g in self._known:
+                inverse = found
             else:
                 inverse = self._build(g, first=first and g == 0)
                 self._keep(g, inverse)
@@ -162,11 +162,10 @@ class GroupedInverse:
         return self.groups[g][self.ranks.rank]
 
     def _keep(self, g: int, inverse: FisherInverse | None) -> None:
-        if inverse is None:
-            return
-        if len(self.groups) == 1:
+        stored = len(self.groups) > 1 and self.storage.inverses == "stored"
+        if len(self.groups) == 1 or (stored and inverse is None):
             self._known[g] = inverse
-        elif self.storage.inverses == "stored":
+        elif stored and inverse is not None:
             with self._enter("offload"):
                 state = inverse.state_dict()
                 state["parts"] = offload.put_away(state["parts"], self.storage.place)

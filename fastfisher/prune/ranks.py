@@ -43,6 +43,7 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._doing = "start"
+        self._told: BaseException | None = None  # what this process has told the others of
         # NCCL takes tensors on GPUs only, gloo on the CPU at least
         nccl = group is not None and "nccl" in dist.get_backend(group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
@@ -79,6 +80,7 @@ class Ranks:
                 return [count for count, _ in told]
             texts = self.objects(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
+            self._told = error
             raise error
         first = next(rank for rank, text in enumerate(texts) if text is not None)
         raise DistributedError(f"rank {first} failed during {self._doing}: {texts[first]}")
@@ -92,7 +94,8 @@ class Ranks:
         except DistributedError:
             raise
         except BaseException as error:
-            self.status(0, error)
+            if error is not self._told:
+                self.status(0, error)
             raise
         self.status(0)
 

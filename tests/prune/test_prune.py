@@ -387,7 +387,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"memory_limit": "20 kB"},
-        "block_size=16 needs 34.0 kB; free on cpu: 20.0 kB. No block size fits.",
+        "block_size=16 needs 44.7 kB; free on cpu: 20.0 kB. No block size fits.",
     ),
     ({"memory_limit": 10}, "No block size fits."),
     ({"eval_fn": lambda model: "good"}, "eval_fn must return a number or a dict of numbers; got 'good'"),
