@@ -38,6 +38,7 @@ from fastfisher.fisher.likelihood import (
     label_loss,
     logits_of,
 )
+from fastfisher.fisher.sharded import local
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -158,7 +159,8 @@ def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         # tensors without elements share address 0 and are told apart by identity
-        place = tensor.data_ptr() if tensor.numel() else -id(tensor)
+        held = local(tensor)
+        place = held.data_ptr() if held.numel() else -id(tensor)
         groups.setdefault((tensor.device, place, tensor.shape, tensor.stride(), tensor.dtype), []).append(
             name
         )

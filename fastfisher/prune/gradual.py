@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
@@ -38,7 +39,7 @@ from fastfisher.prune.surgeon import Surgeon
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.report import Report
 
-FORMAT = 2
+FORMAT = 3
 # Keywords of `prune` that a step is told, or that belong to one call.
 _OF_A_STEP = ("model", "data", "sparsity", "eval_fn", "process_group")
 _OF_THE_CALL = ("targets", "ignore", "loss_fn", "progress", "memory_limit")
@@ -115,8 +116,8 @@ class Pruner:
                 self._log.touch()
             except OSError as error:
                 raise FastFisherError(f"log={str(log)!r} cannot be written: {error.strerror}") from error
-        for name, mask in self.masks.items():
-            if not bool(mask.any()):
+        for name, kept in self._held.kept.items():
+            if not kept:
                 warnings.warn(
                     f"{name!r} holds nothing but zeros, which will stay; name it in ignore if it is to be trained",
                     stacklevel=2,
@@ -144,8 +145,7 @@ class Pruner:
     @property
     def sparsity(self) -> float:
         """The share of the target weights that the masks remove."""
-        masks = self.masks.values()
-        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        return 1 - sum(self._held.kept.values()) / sum(mask.numel() for mask in self.masks.values())
 
     def attach(self, *optimizers: Optimizer) -> None:
         """Keep zeros at zero, weights and state, through every step of these optimizers; a new one is attached anew.
@@ -304,7 +304,9 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Masks, place in the schedule, settings and reports; torch.load reads it with weights_only=True.
 
-        It goes into a checkpoint beside the state of model and optimizer.
+        It goes into a checkpoint beside the state of model and optimizer.  The masks of a model that is spread over
+        processes are spread alike, for torch.distributed.checkpoint; what method="fishleg" or a fisher_average has
+        learned does not go there, as each process holds all of it: save such a run by `save_checkpoint`.
         """
         return {
             "format": FORMAT,
@@ -312,7 +314,7 @@ class Pruner:
             "unit": self._unit,
             "last": self._last,
             "settings": self._fingerprint(),
-            "reports": [report.to_dict() for report in self.reports],
+            "reports": json.dumps([report.to_dict() for report in self.reports]),
             "steps": self._steps,
             "learner": None if self._learner is None else self._learner.state_dict(),
         }
@@ -346,7 +348,7 @@ class Pruner:
                 raise FastFisherError(
                     f"the state is of another model: its mask of {name!r} has the shape {theirs}, here it is {ours}"
                 )
-        reports = [Report.from_dict(report) for report in state["reports"]]
+        reports = [Report.from_dict(report) for report in json.loads(state["reports"])]
         self._held.set_masks({name: masks[name].bool() for name in self.masks}, self._held.aliases)
         self._unit, self._last, self.reports = state["unit"], state["last"], reports
         self._steps, self._learner = state["steps"], None

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.gradients import parameter_aliases
+from fastfisher.fisher.sharded import count_true, local
 from fastfisher.prune.targets import find_targets
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -52,7 +53,7 @@ def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
 def _keep(tensor: Tensor, mask: Tensor) -> None:
     """tensor ← tensor where the mask keeps it, else +0, whatever stood there; in place, floating point, any layout."""
     # As integers: a product with the mask leaves no NaN behind, and takes an eighth of the time of masked_fill_.
-    tensor.detach().view(_BITS[tensor.element_size()]).mul_(mask)
+    local(tensor).view(_BITS[tensor.element_size()]).mul_(local(mask))
 
 
 def _look_up(model: nn.Module, names: Iterable[str], shape: torch.Size) -> list[nn.Parameter]:
@@ -78,6 +79,7 @@ class HeldSparsity:
 
     masks: first name -> bool in the parameter's shape, True = keep; to be read only.
     aliases: first name -> all names.   strict: raise in `check`, rather than mend.
+    kept: first name -> how many weights its mask keeps.
     mended: first name -> how many weights were found nonzero where their mask says zero, and set to zero, so far.
 
     Parameters are looked up by name each time, so that a model may move to another device or dtype meanwhile.  Tied
@@ -90,6 +92,7 @@ class HeldSparsity:
         self.masks: dict[str, Tensor] = {}
         self.mended: dict[str, int] = {}
         self.aliases: dict[str, tuple[str, ...]] = {}
+        self.kept: dict[str, int] = {}
         self._sparse: list[str] = []  # the names whose masks remove anything; the others cost no time
         # memory and version of weights that are known to be zero where they should, by name and identity
         self._seen: dict[tuple[str, int], tuple[int, int]] = {}
@@ -104,7 +107,8 @@ class HeldSparsity:
     def set_masks(self, masks: Mapping[str, Tensor], aliases: Mapping[str, tuple[str, ...]]) -> None:
         """Other masks, of which nothing is written yet."""
         self.masks, self.aliases = dict(masks), dict(aliases)
-        self._sparse = [name for name, mask in self.masks.items() if not bool(mask.all())]
+        self._sparse = [name for name, mask in self.masks.items() if not bool(local(mask).all())]
+        self.kept = {name: count_true(mask) for name, mask in self.masks.items()}
         self._seen.clear()
         for optimizer in self.optimizers:
             self._clear_state(optimizer)
@@ -167,7 +171,7 @@ class HeldSparsity:
         wrong = {}
         for name in self._sparse:
             counts = [
-                int(((parameter.detach() != 0) & ~self._mask(name, parameter)).sum())
+                int(((local(parameter) != 0) & ~local(self._mask(name, parameter))).sum())
                 for parameter in self._parameters(name)
                 if all_weights or self._seen.get((name, id(parameter))) != _version(parameter)
             ]
@@ -230,7 +234,8 @@ class HeldSparsity:
 
 def _version(parameter: nn.Parameter) -> tuple[int, int]:
     """Its memory and how often it was written: what changes with every write that torch knows of, without a look."""
-    return parameter.data_ptr(), parameter._version
+    held = local(parameter)
+    return held.data_ptr(), held._version
 
 
 def hold_sparsity(
@@ -254,7 +259,7 @@ def hold_sparsity(
     aliases = parameter_aliases(model)
     held.hold({name: aliases[name] for name in [*found.parameters, *found.frozen]})
     held.attach(*([optimizer] if isinstance(optimizer, Optimizer) else optimizer))
-    if all(bool(mask.all()) for mask in held.masks.values()):
+    if all(held.kept[name] == mask.numel() for name, mask in held.masks.items()):
         warnings.warn(
             f"none of the weights of {len(held.masks)} tensors is zero, so there is nothing to hold; prune first, or "
             f"name others in targets",

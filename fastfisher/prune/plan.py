@@ -23,8 +23,11 @@ from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, chunks, untouched
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
 from fastfisher.fisher.kronecker import tile_side
+from fastfisher.fisher.sharded import gathered
 from fastfisher.memory import format_bytes, free_bytes, parse_bytes
 from fastfisher.prune.groups import ONE_GROUP, Storage, shares_blocks
+from fastfisher.prune.masks import unwrapped
+from fastfisher.prune.ranks import Ranks, group_of
 from fastfisher.prune.select import keep_mask
 from fastfisher.prune.settings import DATA_FREE, FROM_GRADIENTS, FishLeg, Settings
 from fastfisher.prune.surgeon import BATCH_BYTES
@@ -513,22 +516,39 @@ def plan(
     fishleg: FishLeg | Mapping[str, Any] | None = None,
     seed: int = 0,
     memory_limit: int | str | None = None,
+    process_group: Any = None,
 ) -> Plan:
     """What `prune` with the same arguments will need: bytes and estimated seconds per phase.  The model is not changed.
 
     data: as for `prune`; the first micro-batch is read.  An iterator that can be read only once is left alone, and the
     gradients are then not timed.   memory_limit: bytes or a text like "8 GB", by default what is free.
+    process_group: as for `prune`; the plan is that of one process.
     Raises FastFisherError on bad input; a run that does not fit is no error here, see `fits` and `refusal`.
     """
     settings = Settings.of(locals())
-    found = find_targets(model, targets, ignore)
-    found.take(model, settings.rule)
+    ranks = Ranks(process_group or group_of(model)).size
+    model = unwrapped(model)
+    with gathered(model):
+        found = find_targets(model, targets, ignore)
+        found.take(model, settings.rule)
+        return _planned(model, data, settings, found, loss_fn, memory_limit, ranks)
+
+
+def _planned(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    settings: Settings,
+    found: Targets,
+    loss_fn: LossFn | None,
+    memory_limit: int | str | None,
+    ranks: int,
+) -> Plan:
     layout = layout_of(found, settings)
-    rough, limit = byte_plan(layout, settings, found, memory_limit)
-    if method in DATA_FREE or not rough.fits:
+    rough, limit = byte_plan(layout, settings, found, memory_limit, ranks=ranks)
+    if settings.method in DATA_FREE or not rough.fits:
         return rough
-    if method not in FROM_GRADIENTS or method == "fishleg":
-        note = f"Only gradients and blocks of a Fisher are timed; method={method!r} does without."
+    if settings.method not in FROM_GRADIENTS or settings.method == "fishleg":
+        note = f"Only gradients and blocks of a Fisher are timed; method={settings.method!r} does without."
         return replace(rough, notes=(note,))
     zeros = sum(int((parameter == 0).sum()) for parameter in found.parameters.values())
     before = zeros / layout.num_weights
@@ -540,28 +560,35 @@ def plan(
     if data is None or not timed:
         notes = ("The gradients were not timed: the data can be read only once, or there is none.",)
     else:
-        with untouched(model, seed):
+        with untouched(model, settings.seed):
             objective = Objective(
                 model,
                 list(found.parameters),
                 loss_fn=loss_fn,
-                grad_batch_size=grad_batch_size,
-                fisher_type=fisher_type,
+                grad_batch_size=settings.grad_batch_size,
+                fisher_type=settings.fisher_type,
             )
             row = layout.num_weights * rough.sizes.itemsize
             price = _gradient_cost(data, objective, settings, limit, row)
-            seconds["gradients"] = price.seconds * len(steps)
+            seconds["gradients"] = price.seconds * len(steps) / ranks
             if objective.why_loop is not None:
                 notes = (
                     f"Samples are differentiated one at a time: vmap cannot trace the model ({objective.why_loop}).",
                 )
     # every step differentiates the whole network, and works on the blocks of the weights that are left
-    work = sum(1 - sparsity for sparsity in [before, *steps[:-1]])
+    work = sum(1 - sparsity for sparsity in [before, *steps[:-1]]) / ranks
     num_rows = settings.num_grads * price.rows_per_grad
     once_each = _fisher_seconds(rough.sizes, settings, found.device, num_rows)
     seconds |= {phase: time * work for phase, time in once_each.items()}
     final, _ = byte_plan(
-        layout, settings, found, memory_limit, price.activation, price.rows_per_grad, samples=price.samples
+        layout,
+        settings,
+        found,
+        memory_limit,
+        price.activation,
+        price.rows_per_grad,
+        ranks=ranks,
+        samples=price.samples // ranks,
     )
     if final.fits and final.storage.groups > 1:
         storage = choose_storage(
@@ -570,9 +597,10 @@ def plan(
             final.storage.groups,
             found.device,
             num_rows=num_rows,
-            gradients=price.seconds if timed else None,
-            inverse=once_each["fisher"] + once_each["inverse"],
-            samples=price.samples,
+            gradients=price.seconds / ranks if timed else None,
+            inverse=(once_each["fisher"] + once_each["inverse"]) / ranks,
+            samples=price.samples // ranks,
+            ranks=ranks,
         )
         final = replace(final, storage=storage, phases=(*final.phases, Phase("offload", 0)))
         factors = {"gradients": storage.passes, "fisher": storage.builds, "inverse": storage.builds}

@@ -22,6 +22,7 @@ from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.gradients import GradientStream, LossFn, Objective, untouched
+from fastfisher.fisher.sharded import gathered
 from fastfisher.memory import peak_bytes
 from fastfisher.prune.flops import count_flops
 from fastfisher.prune.groups import ONE_GROUP, shares_blocks
@@ -283,6 +284,38 @@ def prune_once(
     """
     ranks = Ranks(process_group or group_of(model))
     model = unwrapped(model)
+    with gathered(model):
+        return _pruned(
+            model,
+            data,
+            settings,
+            ranks,
+            targets=targets,
+            ignore=ignore,
+            loss_fn=loss_fn,
+            eval_fn=eval_fn,
+            progress=progress,
+            memory_limit=memory_limit,
+            title=title,
+            learner=learner,
+        )
+
+
+def _pruned(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    settings: Settings,
+    ranks: Ranks,
+    *,
+    targets: str | Sequence[str] | None,
+    ignore: str | Sequence[str] | None,
+    loss_fn: LossFn | None,
+    eval_fn: Callable[[nn.Module], Any] | None,
+    progress: Progress | bool | None,
+    memory_limit: int | str | None,
+    title: str,
+    learner: Learner | None,
+) -> Report:
     with ranks.together("the checks"):
         found = find_targets(model, targets, ignore)
         found.take(model, settings.rule)

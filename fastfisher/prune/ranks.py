@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastfisher.errors import DistributedError, FastFisherError, FisherError
 from fastfisher.fisher.batches import Samples
+from fastfisher.fisher.sharded import is_sharded
 
 # Of a saliency, that one histogram looks at.
 DIGIT_BITS = 16
@@ -28,8 +29,23 @@ Span = tuple[int, int]
 
 
 def group_of(model: nn.Module) -> dist.ProcessGroup | None:
-    """The processes that DistributedDataParallel keeps copies of this model on, or None."""
-    return next((m.process_group for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    """The processes on which DistributedDataParallel or FSDP2 has put this model, or None.
+
+    Raises FastFisherError where its parameters are spread over a mesh of several dimensions that is not everything.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            return module.process_group
+    mesh: Any = next((getattr(p, "device_mesh", None) for p in model.parameters() if is_sharded(p)), None)
+    if mesh is None:
+        return None
+    if mesh.ndim == 1:
+        return mesh.get_group()  # type: ignore[no-any-return]
+    if mesh.size() != dist.get_world_size():
+        raise FastFisherError(
+            f"the model lies on a part of a mesh of {mesh.ndim} dimensions; give process_group"
+        )
+    return dist.group.WORLD
 
 
 class Ranks:

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.gradients import parameter_aliases
+from fastfisher.fisher.sharded import local
 from fastfisher.prune.patterns import Pattern, input_dims
 
 PRUNED_LAYERS = (
@@ -105,9 +106,10 @@ def _check_memory(targets: Targets, everything: dict[str, nn.Parameter]) -> None
     """Refuse a target that shares bytes with another parameter without being the same tensor."""
     spans = []
     for name, parameter in everything.items():
-        if parameter.numel():
-            extent = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)) + 1
-            start = parameter.data_ptr()
+        held = local(parameter)
+        if held.numel():
+            extent = sum((n - 1) * s for n, s in zip(held.shape, held.stride(), strict=True)) + 1
+            start = held.data_ptr()
             spans.append((str(parameter.device), start, start + extent * parameter.element_size(), name))
     spans.sort()
     for (device, _, stop, name), (other_device, start, _, other) in pairwise(spans):

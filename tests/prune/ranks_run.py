@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastfisher as ff
@@ -45,6 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
     "average": {"fisher_average": 0.3, "num_recomputations": 1},
     "magnitude": {"method": "magnitude"},
 }
+# those that are run with FSDP2 too
+SHARDED = ("greedy", "steps", "woodtaylor", "kfac", "magnitude")
 COMMON: dict[str, Any] = {"sparsity": 0.6, "block_size": 16, "num_grads": 28}
 
 
@@ -94,6 +99,75 @@ def prune_all(rank: int, size: int, folder: str) -> None:
         weights, report = prune(shard(rank, size, options), options, DistributedDataParallel)
         found[name] = weights, report.to_dict()
     torch.save(found, Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """Spread over all processes by FSDP2, the convolutions and the rest each for itself."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (model[0], model[3], model[8]):
+        fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def prune_sharded(rank: int, size: int, folder: str) -> None:
+    """A few cases with FSDP2, then a gradual run that is saved by torch.distributed.checkpoint in the middle."""
+    join(rank, size, folder)
+    found: dict[str, Any] = {}
+    for name in SHARDED:
+        _, report = prune(shard(rank, size, CASES[name]), CASES[name], sharded)
+        found[name] = report.to_dict()
+        model = sharded(classifier(dtype=torch.float64))
+        ff.prune(model, shard(rank, size, CASES[name]), **(COMMON | CASES[name]))
+        found[name + " weights"] = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+    model, pruner = train(rank, size, 0, 2)
+    dcp.save({"model": model.state_dict(), "pruner": pruner.state_dict()}, checkpoint_id=Path(folder, "half"))
+    found["half"] = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+    found["sparsity"] = pruner.sparsity
+    torch.save(found, Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def train(rank: int, size: int, start: int, stop: int) -> tuple[nn.Module, ff.Pruner]:
+    """Epochs start to stop of a gradual run of a sharded model."""
+    model = sharded(classifier(dtype=torch.float64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    pruner = ff.Pruner(
+        model, schedule=[(0, 0.3), (1, 0.5), (2, 0.8)], num_grads=28, block_size=16, strict=True
+    )
+    pruner.attach(optimizer)
+    data = shard(rank, size, {})
+    for epoch in range(start, stop):
+        pruner.step(data, epoch=epoch)
+        for inputs, labels in batches(*images(8, seed=rank, dtype=torch.float64), 4):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+    return model, pruner
+
+
+def resume_sharded(rank: int, size: int, folder: str, checkpoint: str) -> None:
+    """Load what another number of processes has saved, and prune on."""
+    join(rank, size, folder)
+    model = sharded(classifier(seed=5, dtype=torch.float64))
+    pruner = ff.Pruner(
+        model, schedule=[(0, 0.3), (1, 0.5), (2, 0.8)], num_grads=28, block_size=16, strict=True
+    )
+    state = {"model": model.state_dict(), "pruner": pruner.state_dict()}
+    dcp.load(state, checkpoint_id=checkpoint)
+    model.load_state_dict(state["model"])
+    pruner.load_state_dict(state["pruner"])
+    found = {
+        "weights": {n: p.full_tensor().detach().clone() for n, p in model.named_parameters()},
+        "sparsity": pruner.sparsity,
+        "reports": len(pruner.reports),
+    }
+    pruner.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    pruner.step(shard(rank, size, {}), epoch=2)
+    found["end"] = pruner.sparsity
+    pruner.finalize()
+    torch.save(found, Path(folder, f"resumed{rank}.pt"))
     dist.destroy_process_group()
 
 

@@ -62,6 +62,30 @@ def test_ranks_prune_as_one_process_does(tmp_path: Path, size: int) -> None:
                 assert torch.equal(weight, found[0][case][0][name]), (case, name)
 
 
+@pytest.mark.parametrize(("size", "other"), [(2, 3), (3, 1)])
+def test_sharded_models_and_checkpoints(tmp_path: Path, size: int, other: int) -> None:
+    assert spawn(ranks_run.prune_sharded, size, tmp_path) == [0] * size
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    for case in ranks_run.SHARDED:
+        expected, report = alone(case)
+        for one in found:
+            assert one[case]["num_zeros"] == report.num_zeros
+            for name, weight in one[f"{case} weights"].items():
+                assert torch.equal(weight == 0, expected[name] == 0), (case, name)
+                torch.testing.assert_close(weight, expected[name], rtol=1e-8, atol=1e-10)
+    half = found[0]["half"]
+    assert found[0]["sparsity"] == 0.5
+    assert (
+        sum(int((weight == 0).sum()) for weight in half.values()) == 333
+    )  # of 666, though there was training
+    (tmp_path / "meet").unlink()
+    assert spawn(ranks_run.resume_sharded, other, tmp_path, str(tmp_path / "half")) == [0] * other
+    again = torch.load(tmp_path / "resumed0.pt", weights_only=True)
+    assert all(torch.equal(weight, half[name]) for name, weight in again["weights"].items())
+    assert (again["sparsity"], again["reports"]) == (0.5, 2)
+    assert again["end"] == 1 - (666 - 533) / 666
+
+
 FAILURES = {
     "loader": (
         ".*rank 2 failed during the data: FastFisherError: every entry of a batch",
