@@ -7,7 +7,7 @@
 #   make bench-gpu          the same on a GPU; with RESULTS=folder, and COMMIT=hash for a copy of the sources without git
 #   make test-gpu           build in place; the ops on a GPU, and its checkers on the CUDA kernels
 #   make test-sanitize      C++ tests and fuzzing under address and undefined-behaviour sanitizers
-#   make test-integrations  what meets transformers, Lightning, accelerate and TensorBoard, which it installs into .venv
+#   make test-integrations  what meets transformers, Lightning, accelerate, TensorBoard and datasets, which it installs
 #   make build              compile the extension in place
 #   make clean              remove what was built; .venv stays
 
@@ -98,5 +98,5 @@ $(VENV)/test.stamp: $(VENV)/build.stamp
 
 # torchvision is left out on purpose: beside a torch of another build it breaks what is imported here.
 $(VENV)/integrations.stamp: $(VENV)/test.stamp
-	FASTFISHER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,hf,lightning,tensorboard]"
+	FASTFISHER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,hf,lightning,tensorboard]" datasets
 	touch $@
