@@ -19,7 +19,7 @@ convolutions and of the last layer, ranked together; damping 1e-5, as it is; a s
 gradients that are means over mini-batches of training images, cropped and flipped at random; schedule and rates as in
 `schedule` and `rate`.  Blocks are of 1000 or 2000 weights, with 80 to 400 gradients of 100 to 400 images.  The defaults
 are the smallest of these, for which --mode plan counts 34 GB; the script named above has --block-size 2000
---num-grads 400 --grad-batch-size 400 --batch-size 180, which comes to 144 GB, 103 of them for the activations of 400
+--num-grads 400 --grad-batch-size 400 --batch-size 180, which comes to 144 GB, 102 of them for the activations of 400
 images at once.  It starts from STR's dense ResNet-50, not from torchvision's.
 """
 
@@ -375,7 +375,6 @@ def run(options: argparse.Namespace, world: World) -> float | None:
         model,  # in DistributedDataParallel: all processes end each pruning with the same weights
         schedule=schedule(options),
         log=options.out / "log.jsonl" if world.rank == 0 else None,
-        progress=None if world.rank == 0 else False,
         **settings(options),
     )
     pruner.attach(optimizer)  # from here on zeros stay zero, in weights and momentum
