@@ -6,8 +6,10 @@
 #   make paper              the published experiments and docs/paper.md, in an hour; FASTFISHER_DATA: folder of data
 #   make bench-gpu          the same on a GPU; with RESULTS=folder, and COMMIT=hash for a copy of the sources without git
 #   make test-gpu           build in place; the ops on a GPU, and its checkers on the CUDA kernels
+#   make soak               two hours of use in ten minutes, and what of it stays behind: memory, hooks, threads, files;
+#                           on a GPU: python -m tests.soak --device cuda
 #   make test-sanitize      C++ tests and fuzzing under address and undefined-behaviour sanitizers
-#   make test-integrations  what meets transformers, Lightning, accelerate and TensorBoard, which it installs into .venv
+#   make test-integrations  what meets transformers, Lightning, accelerate, TensorBoard and datasets, which it installs
 #   make build              compile the extension in place
 #   make clean              remove what was built; .venv stays
 
@@ -23,7 +25,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 BUILD := $(BIN)/python setup.py --quiet build_ext --inplace
 CXX_FILES = $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench paper test-gpu bench-gpu test-sanitize test-integrations build clean
+.PHONY: demo test lint bench paper soak test-gpu bench-gpu test-sanitize test-integrations build clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -47,6 +49,10 @@ bench: $(VENV)/test.stamp
 paper: $(VENV)/test.stamp
 	$(BUILD)
 	$(BIN)/python -m benchmarks.paper
+
+soak: $(VENV)/test.stamp
+	$(BUILD)
+	$(BIN)/python -m tests.soak
 
 # A machine with a GPU has its own torch and perhaps no network, so nothing is installed.
 test-gpu bench-gpu: GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
@@ -98,5 +104,5 @@ $(VENV)/test.stamp: $(VENV)/build.stamp
 
 # torchvision is left out on purpose: beside a torch of another build it breaks what is imported here.
 $(VENV)/integrations.stamp: $(VENV)/test.stamp
-	FASTFISHER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,hf,lightning,tensorboard]"
+	FASTFISHER_BUILD=none $(PIP) --no-build-isolation --editable ".[dev,hf,lightning,tensorboard]" datasets
 	touch $@

@@ -486,7 +486,8 @@ class Objective:
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            # not itself: an output that its own node saves would hold the graph for ever
+            return tensor.detach()
 
         def run() -> None:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

@@ -480,6 +480,8 @@ def _gradient_cost(
         samples = reader.take(chunks(row, settings.num_grads, limit, activation)[1], exactly=False)
     if samples is None:
         raise FastFisherError(f"num_grads={settings.num_grads} but the loader yields 0 samples.")
+    if not per_sample:  # of a loader shorter than one mini-batch, the rest is like what there is
+        activation = activation * settings.grad_batch_size // len(samples)
     seconds, _ = _timed(lambda: objective.gradients(samples))
     times = settings.num_grads * settings.grad_batch_size / len(samples)
     return GradientCost(
