@@ -1,4 +1,4 @@
-"""A character-level transformer, pruned in one call without any training after: `python -m benchmarks.paper.char_transformer`.
+"""A character-level transformer pruned by one call, no training after: `python -m benchmarks.paper.char_transformer`.
 
 Four layers of width 96 with tied embeddings are trained to predict the next character of Shakespeare's plays, 64 of
 them at a time, or read by --checkpoint.  Every method then prunes a copy by one call of `ff.prune` with the defaults of
