@@ -1,6 +1,6 @@
 """A character-level transformer pruned by one call, no training after: `python -m benchmarks.paper.char_transformer`.
 
-Four layers of width 96 with tied embeddings are trained to predict the next character of Shakespeare's plays, 64 of
+Four layers of width 64 with tied embeddings are trained to predict the next character of Shakespeare's plays, 64 of
 them at a time, or read by --checkpoint.  Every method then prunes a copy by one call of `ff.prune` with the defaults of
 the package, which prune all linear layers and, since it is the output layer too, the embedding; a sample of the Fisher
 is a sequence.  The last tenth of the text is held out from all of it and judges.  Seeds differ in the sequences drawn
@@ -154,9 +154,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = experiment.parser(
         "char_transformer", __doc__.split("\n")[0], SPARSITIES, 4_096, seeds=3, damping=None
     )
-    parser.add_argument("--steps", type=int, default=3_000, help=f"of training, {BATCH} sequences each")
+    parser.add_argument("--steps", type=int, default=2_500, help=f"of training, {BATCH} sequences each")
     parser.add_argument("--context", type=int, default=64, help="characters in a sequence")
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument(
         "--checkpoint", type=Path, help="read in place of training, written where it is absent"
