@@ -145,7 +145,7 @@ def panels() -> list[Panel]:
     accuracy, bits = ([line(i, label, ending) for i, label in enumerate(METHODS)] for ending in ("", BITS))
     dense = Line("dense" + BITS, style=":", colour=0)
     return [
-        Panel("accuracy", accuracy, (0, None)),
+        Panel("accuracy", accuracy, (0, 60)),
         Panel("cross entropy", [dense, *bits], axes=BITS_AXES),
     ]
 
