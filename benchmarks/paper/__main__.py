@@ -34,6 +34,7 @@ COMMANDS = (
     "fishleg_preconditioner",
     "fishleg_damping",
     "fishleg_noise",
+    "char_transformer",
     "page",
 )
 

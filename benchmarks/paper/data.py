@@ -9,6 +9,7 @@ The folder holds (uint8 pixels everywhere):
     cifar10_labels.npz                         y_train, y_test_first1000
     resnet20_cifar10_woodfisher.safetensors    a trained ResNet20
     tiny-imagenet-200/                         train/<class>/images/*.JPEG, val/images/*.JPEG, val/val_annotations.txt
+    tinyshakespeare.txt                        plays, one after the other
 """
 
 from __future__ import annotations
@@ -107,6 +108,31 @@ def tiny_imagenet(folder: Path, num_samples: int, seed: int) -> tuple[Split, Spl
 
     train = split(picked, [path.parent.parent.name for path in picked])
     return train, split([root / "val" / "images" / row[0] for row in rows], [row[1] for row in rows])
+
+
+class Text(NamedTuple):
+    """train, held_out: places in `characters`, [n] int64."""
+
+    train: Tensor
+    held_out: Tensor
+    characters: str
+
+
+def shakespeare(folder: Path) -> Text:
+    """The text as numbers of its characters in their order; its last tenth is held out."""
+    text = _file(folder, "tinyshakespeare.txt").read_text(encoding="utf-8")
+    characters = "".join(sorted(set(text)))
+    places = {character: i for i, character in enumerate(characters)}
+    numbers = torch.tensor([places[character] for character in text])
+    cut = len(numbers) * 9 // 10
+    return Text(numbers[:cut], numbers[cut:], characters)
+
+
+def sequences(text: Tensor, context: int, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Windows of the text [n] anywhere in it, and the character that follows each of theirs, both [count, context]."""
+    first = torch.randint(len(text) - context, (count, 1), generator=draws)
+    at = first + torch.arange(context)
+    return text[at], text[at + 1]
 
 
 def load_weights(model: nn.Module, folder: Path, name: str) -> nn.Module:

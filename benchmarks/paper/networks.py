@@ -116,3 +116,61 @@ class ResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages(torch.relu(self.bn1(self.conv1(x))))
         return self.fc(x.mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with several heads.   x [n, T, width] -> [n, T, width]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [n, heads, T, width / heads]
+            for layer in (self.query, self.key, self.value)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class TransformerLayer(nn.Module):
+    """Attention and two linear layers, each behind a LayerNorm and added to its input.   x [n, T, width]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class CharTransformer(nn.Module):
+    """Predicts every next character from those before; input embedding and output layer are one matrix.
+
+    characters [n, T] int64 with T <= context -> logits [n, characters, T], as cross entropy takes them.
+    Source: Radford et al., 2019, without dropout.
+    """
+
+    def __init__(
+        self, characters: int, context: int = 64, width: int = 128, layers: int = 4, heads: int = 4
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, width)
+        self.place = nn.Embedding(context, width)
+        self.layers = nn.Sequential(*(TransformerLayer(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, characters, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, characters: Tensor) -> Tensor:
+        x = self.embedding(characters) + self.place.weight[: characters.shape[1]]
+        return self.head(self.norm(self.layers(x))).transpose(1, 2)

@@ -3,6 +3,7 @@
 A = E[a aᵀ] over samples and places of weight sharing (pixels, tokens, several calls of a layer), S = E[Σ g gᵀ], the sum
 over the places of one sample: exact for one sample with one place.  The flat order of a weight [out, in] makes it
 S ⊗ A; a convolution is the linear map of its unfolded patches, and one with groups is a product of its own for each.
+The weight [in, out] of a Conv1D of transformers makes it A ⊗ S: there the two change places.
 (S ⊗ A + λ I)⁻¹ is applied exactly, in the eigenvectors of both factors, where the usual damping of each factor is not.
 Source: Martens & Grosse, 2015; Grosse & Martens, 2016; 'expand' of Eschenhagen et al., 2023.
 """
@@ -24,6 +25,7 @@ from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.batches import Samples
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.conjugate import conjugate_gradients
+from fastfisher.fisher.conv1d import is_conv1d
 from fastfisher.fisher.gradients import Objective, parameter_aliases, untouched
 from fastfisher.fisher.hessian import target_names
 from fastfisher.fisher.inverse import UPDATES, _check_options, absolute_damping, check_weight, checked_vectors
@@ -40,11 +42,19 @@ MAX_ITERATIONS = 1000
 
 @dataclass
 class _Factors:
-    """What is gathered of one layer.   A: float64 [G, p, p].   S: float64 [G, q, q].   rows: a's in A so far."""
+    """What is gathered of one layer.   A: float64 [G, p, p].   S: float64 [G, q, q].   rows: a's in A so far.
+
+    swapped: the weight is [in, out].
+    """
 
     A: Tensor
     S: Tensor
     rows: int = 0
+    swapped: bool = False
+
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """The factors of the last and of the first dimension of the weight: A and S, or S and A."""
+        return (self.S, self.A) if self.swapped else (self.A, self.S)
 
 
 @dataclass(frozen=True)
@@ -245,7 +255,8 @@ def _layers_of(objective: Objective, names: Sequence[str]) -> dict[str, list[nn.
         for alias in aliases.get(name, ()):
             owner, _, leaf = alias.rpartition(".")
             module = objective.model.get_submodule(owner)
-            if leaf != "weight" or not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            known = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or is_conv1d(module)
+            if leaf != "weight" or not known:
                 raise FastFisherError(
                     f"K-FAC takes the weights of Linear, Conv1d and Conv2d layers; {alias!r} belongs to "
                     f"{type(module).__name__}: leave it out of the targets, or use method='woodfisher'"
@@ -254,7 +265,10 @@ def _layers_of(objective: Objective, names: Sequence[str]) -> dict[str, list[nn.
         if not modules:
             raise FastFisherError(f"{name!r} is not the first name of a parameter of the model")
         found[name] = list(modules.values())
-        kinds = {(isinstance(module, nn.Linear), getattr(module, "groups", 1)) for module in modules.values()}
+        kinds = {
+            (isinstance(module, nn.Linear), is_conv1d(module), getattr(module, "groups", 1))
+            for module in modules.values()
+        }
         if len(kinds) > 1:
             raise FastFisherError(
                 f"{name!r} is shared by layers of different kinds, which K-FAC cannot add up"
@@ -262,11 +276,14 @@ def _layers_of(objective: Objective, names: Sequence[str]) -> dict[str, list[nn.
     return found
 
 
-def _start(weight: Tensor, groups: int) -> _Factors:
-    """Factors of zeros for a weight [out, in / G, ...]."""
+def _start(weight: Tensor, module: nn.Module) -> _Factors:
+    """Factors of zeros for a module's weight [out, in / G, ...], or [in, out] of a Conv1D of transformers."""
+    groups, swapped = getattr(module, "groups", 1), is_conv1d(module)
     q, p = weight.shape[0] // groups, weight[0].numel()
+    if swapped:
+        q, p = p, q
     zeros = torch.zeros(groups, 1, 1, dtype=torch.float64, device=weight.device)
-    return _Factors(zeros.repeat(1, p, p), zeros.repeat(1, q, q))
+    return _Factors(zeros.repeat(1, p, p), zeros.repeat(1, q, q), swapped=swapped)
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
@@ -274,8 +291,8 @@ def input_rows(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
 
     A row of a convolution is a patch of the padded input, in the order (channel, kernel) of the weight.
     """
-    if isinstance(module, nn.Linear):
-        yield x.reshape(1, -1, module.in_features)
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        yield x.reshape(1, -1, x.shape[-1])
         return
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
     if x.ndim == len(module.kernel_size) + 1:
@@ -298,8 +315,8 @@ def input_rows(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
 
 def output_rows(module: nn.Module, g: Tensor) -> Tensor:
     """The gradients in a layer's outputs, [G, rows, q], row by row those that belong to `input_rows`."""
-    if isinstance(module, nn.Linear):
-        return g.reshape(1, -1, module.out_features)
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return g.reshape(1, -1, g.shape[-1])
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
     if g.ndim == len(module.kernel_size) + 1:
         g = g[None]
@@ -334,7 +351,7 @@ class _Recorder:
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = args[0] if args else kwargs["x" if is_conv1d(module) else "input"]
             if not output.requires_grad:
                 raise FastFisherError(
                     f"the layer of {name!r} runs where no gradient is recorded (torch.no_grad, or a reentrant "
@@ -434,16 +451,14 @@ def kfac_factors(
 
     groups: mini-batches, whose loss must be the mean over the samples.   names: of the weights.
     fisher_type: "empirical" takes the labels of the data, "mc" draws one for each sample from the model.
-    Returns per name A float64 [G, p, p], S float64 [G, q, q]; zeros for a layer that the loss does not reach.
+    Returns per name A float64 [G, p, p], S float64 [G, q, q]; zeros for a layer that the loss does not reach.  For a
+    weight [in, out] the first is S and the second A.
     Raises FastFisherError on targets that are no layers and without samples, FisherError where a factor is not finite.
     """
     if fisher_type not in FISHER_TYPES:
         raise FastFisherError(f"fisher_type must be one of {', '.join(FISHER_TYPES)}, got {fisher_type!r}")
     layers = _layers_of(objective, names)
-    factors = {
-        name: _start(objective.weights[name], getattr(modules[0], "groups", 1))
-        for name, modules in layers.items()
-    }
+    factors = {name: _start(objective.weights[name], modules[0]) for name, modules in layers.items()}
     recorder = _Recorder(layers, factors)
     generator = torch.Generator().manual_seed(seed)
     count = 0
@@ -463,7 +478,7 @@ def kfac_factors(
                 f"the K-FAC factors of {name!r} over {count} samples are not finite; check the loss and the precision "
                 f"of the model"
             )
-    return {name: (found.A, found.S) for name, found in factors.items()}, count
+    return {name: found.in_order() for name, found in factors.items()}, count
 
 
 def kfac_inverse(
@@ -478,7 +493,7 @@ def kfac_inverse(
 ) -> KFACInverse:
     """(S ⊗ A + λ I)⁻¹ of every layer in the layout.
 
-    layout: of whole weights of Linear, Conv1d and Conv2d layers; its blocks do not matter.
+    layout: of whole weights of Linear, Conv1d and Conv2d layers, or Conv1D of transformers; its blocks do not matter.
     damping: λ, or its ratio to the mean diagonal of S ⊗ A over all layers.
     The other arguments and the errors are those of `kfac_factors`.
     """

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfisher.errors import FastFisherError
+from fastfisher.fisher.conv1d import is_conv1d
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -74,9 +75,14 @@ class Pattern:
 
 
 def input_dims(model: nn.Module, names: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
-    """The dimension of the inputs of each tensor: 1, or 0 in a transposed convolution.   names: with their aliases."""
+    """The dimension of the inputs of each tensor: 1, but 0 in transposed convolutions and the Conv1D of transformers.
+
+    names: with their aliases.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
-    return {
-        name: 0 if isinstance(modules.get(aliases[0].rpartition(".")[0]), _TRANSPOSED) else 1
-        for name, aliases in names.items()
-    }
+
+    def inputs(name: str) -> int:
+        module = modules.get(name.rpartition(".")[0])
+        return 0 if isinstance(module, _TRANSPOSED) or is_conv1d(module) else 1
+
+    return {name: inputs(aliases[0]) for name, aliases in names.items()}

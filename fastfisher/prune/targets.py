@@ -1,6 +1,7 @@
 """Which parameters are pruned: names, module names and globs -> tensors, each stored once, none of them frozen.
 
-By default the targets are the weights of Linear and convolution layers.  A pattern, with or without ".weight", picks
+By default the targets are the weights of Linear and convolution layers, and of the Conv1D of transformers.
+A pattern, with or without ".weight", picks
 * the parameter of exactly that name, whatever its kind;
 * otherwise every weight (two or more dimensions) whose own name, module, or enclosing module it names or globs.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from fastfisher.errors import FastFisherError
+from fastfisher.fisher.conv1d import is_conv1d
 from fastfisher.fisher.gradients import parameter_aliases
 from fastfisher.fisher.sharded import local
 from fastfisher.prune.patterns import Pattern, input_dims
@@ -145,7 +147,8 @@ def find_targets(
     def is_wanted(name: str) -> bool:
         if wanted is None:
             module, _, local = name.rpartition(".")
-            return local == "weight" and isinstance(modules[module], PRUNED_LAYERS)
+            owner = modules[module]
+            return local == "weight" and (isinstance(owner, PRUNED_LAYERS) or is_conv1d(owner))
         return any(_picks(pattern, name, everything[name]) for pattern in wanted)
 
     found = Targets()

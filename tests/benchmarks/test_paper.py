@@ -23,6 +23,7 @@ from benchmarks.paper import (
     __main__ as everything,
 )
 from benchmarks.paper import (
+    char_transformer,
     chunk_size,
     data,
     experiment,
@@ -46,7 +47,7 @@ from benchmarks.paper import (
     woodtaylor_ablation,
 )
 from benchmarks.paper.experiment import Curves
-from benchmarks.paper.networks import LeNet5, MLPNet, ResNet18, ResNet20
+from benchmarks.paper.networks import CharTransformer, LeNet5, MLPNet, ResNet18, ResNet20
 from benchmarks.paper.pictures import Axes
 from fastfisher.fisher.fishleg import FishLegInverse
 
@@ -98,6 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image.convert("L").save(root / "val" / "images" / f"val_{label}.JPEG")
         lines.append(f"val_{label}.JPEG\t{label}\t0\t0\t7\t7\n")
     (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (made / "tinyshakespeare.txt").write_text("".join(random.choice(list("ab c\n"), 400)))
     return made
 
 
@@ -431,6 +433,56 @@ def test_noise_experiment_runs_and_the_end_of_learning_is_the_inverse(folder: Pa
     assert len(record["bars"]) == 2
     to_the_end = curves.mean("γ 30: FLS blocks, to the end", 24)
     assert to_the_end == pytest.approx(curves.mean("γ 30: inverted", 24), rel=0.1)
+
+
+def test_text_is_cut_into_windows_and_what_follows(folder: Path) -> None:
+    text = data.shakespeare(folder)
+    assert text.characters == "\n abc"
+    whole = torch.cat([text.train, text.held_out])
+    assert "".join(text.characters[i] for i in whole) == (folder / "tinyshakespeare.txt").read_text()
+    assert len(text.held_out) == 40
+    x, y = data.sequences(text.train, 7, 200, torch.Generator().manual_seed(0))
+    assert x.shape == y.shape == (200, 7)
+    assert x[:, 1:].equal(y[:, :-1])
+    assert bool((text.train.unfold(0, 8, 1) == torch.cat([x, y[:, -1:]], 1)[:, None]).all(2).any(1).all())
+
+
+def test_no_prediction_of_the_transformer_sees_what_follows() -> None:
+    torch.manual_seed(0)
+    model = CharTransformer(5, context=8, width=8, layers=2).eval()
+    x = torch.randint(5, (1, 8))
+    y = x.clone()
+    y[0, 5] = (y[0, 5] + 1) % 5
+    one, other = model(x).detach(), model(y).detach()
+    assert one.shape == (1, 5, 8)
+    torch.testing.assert_close(one[..., :5], other[..., :5])
+    assert float((one[..., 5:] - other[..., 5:]).abs().amin()) > 0
+    text = torch.randint(5, (17,))
+    expected = torch.nn.functional.cross_entropy(model(text[:16].view(2, 8)), text[1:].view(2, 8)) / np.log(2)
+    accuracy, bits = char_transformer.scores(model, text, 8)
+    assert bits == pytest.approx(float(expected))
+    assert accuracy in [100 * n / 16 for n in range(17)]
+
+
+def test_transformer_experiment_runs_and_reads_what_it_trained(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"num_grads": 16, "num_recomputations": 1}
+    methods = {
+        m: told if told["method"] == "magnitude" else told | few
+        for m, told in char_transformer.METHODS.items()
+    }
+    monkeypatch.setattr(char_transformer, "METHODS", methods)
+    path = tmp_path / "trained.safetensors"
+    small = (
+        f"--samples 16 --steps 3 --context 8 --width 8 --layers 1 --sparsities 0.5 0.9 --checkpoint {path}"
+    )
+    curves, record = _run(char_transformer.main, folder, tmp_path / "one", small)
+    assert set(curves.labels()) == {f"{m}{end}" for m in methods for end in ("", ", bits")} | {"dense, bits"}
+    assert len(record["bars"]) == 2 * 2
+    assert "checkpoint" not in record["command"]
+    again, _ = _run(char_transformer.main, folder, tmp_path / "two", small)
+    assert again.values == curves.values
 
 
 def test_every_experiment_is_run_by_make_paper() -> None:
