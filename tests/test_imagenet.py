@@ -1,6 +1,6 @@
 """ResNet-50 on a tiny ImageFolder: gradual and one-shot, killed and resumed; the real one's plan.
 
-torchrun and Hugging Face's datasets are in tests/integrations/test_imagenet.py.
+torchrun and Hugging Face's datasets are in tests/integrations/test_torchrun.py.
 """
 
 from __future__ import annotations
