@@ -196,12 +196,12 @@ def random_box(width: int, height: int, rng: random.Random) -> tuple[int, int, i
 class Crops(Dataset[tuple[Tensor, int]]):
     """Images [3, size, size] with normalised colours, and labels.
 
-    epoch: None for the middle of the image.  Else crops and flips are drawn from seed, epoch and index alone: they are
-    the same whichever process decodes the image, also in a run that was killed and goes on.
+    key: None for the middle of the image.  Else crops and flips follow from key and index alone: they are the same
+    whichever process decodes the image, also in a run that was killed and goes on.
     """
 
-    def __init__(self, source: Source, size: int, seed: int = 0, epoch: int | None = None) -> None:
-        self.source, self.size, self.seed, self.epoch = source, size, seed, epoch
+    def __init__(self, source: Source, size: int, key: str | None = None) -> None:
+        self.source, self.size, self.key = source, size, key
 
     def __len__(self) -> int:
         return len(self.source)
@@ -209,7 +209,7 @@ class Crops(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.source[index]
         size = self.size
-        if self.epoch is None:
+        if self.key is None:
             short = round(size * 256 / 224)
             scale = short / min(image.size)
             w, h = (max(short, int(side * scale)) for side in image.size)
@@ -217,7 +217,7 @@ class Crops(Dataset[tuple[Tensor, int]]):
             x, y = round((w - size) / 2), round((h - size) / 2)
             image = image.crop((x, y, x + size, y + size))
         else:
-            rng = random.Random(f"{self.seed} {self.epoch} {index}")
+            rng = random.Random(f"{self.key} {index}")
             image = image.crop(random_box(*image.size, rng)).resize((size, size), Image.Resampling.BILINEAR)
             if rng.random() < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -303,11 +303,17 @@ def rate(options: argparse.Namespace, epoch: int) -> float:
     return options.lr * 0.6**drops
 
 
+def shuffled(count: int, key: str) -> list[int]:
+    """0 ... count - 1 in an order that follows from the key alone."""
+    generator = torch.Generator().manual_seed(random.Random(key).getrandbits(63))
+    return torch.randperm(count, generator=generator).tolist()
+
+
 def gradient_batches(train: Source, options: argparse.Namespace, world: World, epoch: int) -> DataLoader[Any]:
     """Mini-batches for the Fisher: training images in another order each time, of which every process has its share."""
-    generator = torch.Generator().manual_seed(1_000_003 * (options.seed + 1) + epoch)
-    order = torch.randperm(len(train), generator=generator)[world.rank :: world.size].tolist()
-    images = Subset(Crops(train, options.size, options.seed + 1, epoch), order)
+    key = f"fisher {options.seed} {epoch}"
+    share = shuffled(len(train), key)[world.rank :: world.size]
+    images = Subset(Crops(train, options.size, key), share)
     return DataLoader(images, options.grad_batch_size, num_workers=options.workers)
 
 
@@ -315,13 +321,13 @@ def training_batches(
     train: Source, options: argparse.Namespace, world: World, epoch: int, seen: int
 ) -> DataLoader[Any]:
     """This process's share of every batch of an epoch, from the first image on that was not seen yet."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed + epoch)).tolist()
-    size = options.batch_size
+    key, size = f"train {options.seed} {epoch}", options.batch_size
+    order = shuffled(len(train), key)
     batches = [
         order[i : i + size][world.rank :: world.size] for i in range(seen, len(order) - size + 1, size)
     ]
     return DataLoader(
-        Crops(train, options.size, options.seed, epoch),
+        Crops(train, options.size, key),
         batch_sampler=batches,
         num_workers=options.workers,
         pin_memory=world.device.type == "cuda",

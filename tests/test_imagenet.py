@@ -1,6 +1,6 @@
 """ResNet-50 on a tiny ImageFolder: gradual and one-shot, killed and resumed; the real one's plan.
 
-torchrun and Hugging Face's datasets are in tests/integrations/test_imagenet.py.
+torchrun and Hugging Face's datasets are in tests/integrations/test_torchrun.py.
 """
 
 from __future__ import annotations
@@ -167,10 +167,10 @@ def test_images_are_asked_for_where_there_are_none(root: Path, tmp_path: Path) -
         imagenet.read(str(tmp_path))
 
 
-def test_crops_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
+def test_crops_depend_on_key_and_index_alone(root: Path) -> None:
     source = imagenet.Folder(root / "train")
-    one, other = imagenet.Crops(source, 16, 0, 3), imagenet.Crops(source, 16, 0, 4)
-    assert torch.equal(one[5][0], imagenet.Crops(source, 16, 0, 3)[5][0])
+    one, other = imagenet.Crops(source, 16, "3"), imagenet.Crops(source, 16, "4")
+    assert torch.equal(one[5][0], imagenet.Crops(source, 16, "3")[5][0])
     assert not torch.equal(one[5][0], other[5][0])
     middle, label = imagenet.Crops(source, 16)[23]
     assert (label, middle.shape) == (2, (3, 16, 16))
@@ -180,7 +180,8 @@ def test_crops_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
 def test_the_processes_share_every_batch(root: Path) -> None:
     source = imagenet.Folder(root / "train")
     options = argparse.Namespace(batch_size=8, seed=0, size=16, workers=0)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(2)).tolist()
+    order = imagenet.shuffled(24, "train 0 2")
+    assert sorted(order) == list(range(24)) != order
     for seen in (0, 8):
         shares = [
             imagenet.training_batches(source, options, imagenet.World(rank, 2, torch.device("cpu")), 2, seen)
