@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from torch.func import functional_call, grad, vjp, vmap
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.layers import Call, Capture, Unseen, rule_of
+from fastfisher.fisher.layers import Call, Capture, NoPadding, Unseen, rule_of
 from fastfisher.fisher.likelihood import (
     FISHER_TYPES,
     drawn_labels,
@@ -80,6 +80,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Attention by operators that have a derivative: torch asks tensors under vmap, which do not say they want one."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
@@ -244,7 +255,9 @@ class Objective:
         self.loss_fn = loss_fn
         self._loss = _BatchLoss(model, loss_fn)
         self._aliases = {name: tuple(f"model.{alias}" for alias in aliases[name]) for name in names}
-        self._owners: dict[str, list[tuple[nn.Module, str]]] = {}  # of the weights that layers give the rows of
+        self._owners: dict[
+            str, list[tuple[nn.Module, str]]
+        ] = {}  # of the weights that layers give the rows of
         self._unruled: dict[str, str] = {}  # of the others, why
         for name in names:
             self._find_rule(name, aliases[name])
@@ -491,7 +504,8 @@ class Objective:
         dims = {name: None if name in self._owners else 0 for name in weights}
         with torch.enable_grad():
             zero = torch.zeros(k, device=self.device)
-            with capture.watching():
+            odd = NoPadding(stand_ins.values()) if self._unruled else nullcontext()
+            with capture.watching(), _without_fast_path(), odd:
                 height, loss = vmap(heights, in_dims=(dims, 0, 0), randomness="different")(
                     weights, zero, samples.leaves
                 )
@@ -521,7 +535,9 @@ class Objective:
                     calls[i].x = calls[i].x.new_empty(0)
         return loss.detach()
 
-    def _put_layer(self, name: str, k: int, found: Sequence[tuple[Call, Any, Tensor | None]], rows: Rows) -> None:
+    def _put_layer(
+        self, name: str, k: int, found: Sequence[tuple[Call, Any, Tensor | None]], rows: Rows
+    ) -> None:
         """The rows of one weight, summed over the calls of its layers that the loss depends on."""
         reached = [(call, how, g) for call, how, g in found if g is not None]
         shape = self.weights[name].shape

@@ -14,7 +14,7 @@ the device alone, so that a run repeated has the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
 
 # Patches unfolded at once on a GPU, in bytes: they are kernel-size times as large as the image they come from.
 PATCH_BYTES = 64 << 20
@@ -130,7 +131,8 @@ def _conv_weight(call: Call, g: Tensor, out: Tensor | None) -> Tensor:
     if len(x) > k or groups > 1:
         out = None
     if _pointwise(conv):
-        x = x[(..., *(slice(None, None, step) for step in conv.stride))]
+        steps: list[Any] = [slice(None, None, step) for step in conv.stride]
+        x = x[(..., *steps)]
         left = g.reshape(n * groups, q, -1)
         rows = _product(left, x.reshape(n * groups, shape[1], -1).mT, out)
         return _over_images(rows.view(n, *shape), k)
@@ -168,7 +170,10 @@ def _unfolded(conv: Any, x: Tensor, g: Tensor, sides: list[int], out: Tensor | N
     n, shape, groups = len(x), conv.weight.shape, conv.groups
     dims = len(sides)
     # one dimension of space is the second of two
-    x, g = x.reshape(n, x.shape[1], -1, x.shape[-1]) if dims == 1 else x, g.flatten(2)  # [n, C, H, W], [n, O, P]
+    x, g = (
+        x.reshape(n, x.shape[1], -1, x.shape[-1]) if dims == 1 else x,
+        g.flatten(2),
+    )  # [n, C, H, W], [n, O, P]
     arguments = {
         "kernel_size": (1,) * (2 - dims) + tuple(conv.kernel_size),
         "dilation": (1,) * (2 - dims) + tuple(conv.dilation),
@@ -298,7 +303,8 @@ _BATCH = Rule(
 # By the function that runs: a subclass with another forward is another layer.
 RULES: dict[Any, Rule] = {
     nn.Linear.forward: Rule(
-        {"weight": _linear_weight, "bias": _linear_bias}, lambda layer, key, device: f"linear: {'sum' if key == 'bias' else 'batched product'}"
+        {"weight": _linear_weight, "bias": _linear_bias},
+        lambda layer, key, device: f"linear: {'sum' if key == 'bias' else 'batched product'}",
     ),
     nn.Conv1d.forward: _CONV,
     nn.Conv2d.forward: _CONV,
@@ -344,7 +350,9 @@ class _Look(torch.autograd.Function):
         pass
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, note: Any, zero: Tensor, x: Tensor, output: Tensor) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: Any, note: Any, zero: Tensor, x: Tensor, output: Tensor
+    ) -> tuple[Tensor, int]:
         replaced = note(info.batch_size, x, in_dims[2], output, in_dims[3])
         return (zero if replaced is None else replaced), 0
 
@@ -437,6 +445,30 @@ class Capture:
             assert rule is not None
             found += [(i, rule.rows[key]) for i, call in enumerate(self.calls) if call.module is module]
         return found
+
+
+class NoPadding(TorchFunctionMode):
+    """Refuse an embedding with padding_idx whose table vmap batches: its rule forgets that the row has no gradient.
+
+    known: tables that are not batched.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = list(known)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.embedding, torch.embedding, F.embedding_bag, torch.embedding_bag):
+            # what torch.embedding takes first is the table; it and padding_idx are told by what they are
+            tables = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+            unknown = [t for t in tables if all(t is not known for known in self.known)]
+            padding = kwargs.get(
+                "padding_idx", args[2] if len(args) > 2 and func is not F.embedding_bag else None
+            )
+            if unknown and padding not in (None, -1):
+                raise RuntimeError("torch.vmap forgets padding_idx where a table is batched")
+        return func(*args, **kwargs)
 
 
 def _reshaped(output: Tensor) -> bool:

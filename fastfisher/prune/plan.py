@@ -7,6 +7,7 @@ a few blocks is built from random gradients, on this machine, in well under a se
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from fastfisher.errors import DoesNotFitError, FastFisherError
 from fastfisher.fisher.batches import SampleReader
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, chunks, untouched
+from fastfisher.fisher.gradients import ACTIVATION_FACTOR, GRAD_DTYPES, LossFn, Objective, chunks, untouched
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
 from fastfisher.fisher.kronecker import tile_side
 from fastfisher.memory import format_bytes, free_bytes, parse_bytes
@@ -48,7 +49,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.  free is None where the system does not say; largest_block is None where nothing fits."""
+    """What `plan` found.  free is None where the system does not say; largest_block is None where nothing fits.
+
+    gradients: how they come about, "" where that was not tried.
+    """
 
     sizes: Sizes
     num_grads: int
@@ -58,6 +62,7 @@ class Plan:
     device: str
     largest_block: int | None = None
     notes: tuple[str, ...] = ()
+    gradients: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -100,12 +105,16 @@ class Plan:
             head += f" in {blocks}, {self.num_grads} gradients, {self.form} form"
         free = "unknown" if self.free is None else format_bytes(self.free)
         foot = f"free on {self.device}: {free}" if self.fits else self.refusal
-        return "\n".join([head, align(rows), foot, *(f"note: {note}" for note in self.notes)])
+        how = [f"gradients: {self.gradients}"] if self.gradients else []
+        return "\n".join([head, align(rows), foot, *how, *(f"note: {note}" for note in self.notes)])
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers that cost follows from: d, K, B, whether one block holds everything, bytes of one number."""
+    """The numbers that cost follows from: d, K, B, whether one block holds everything, bytes of one number.
+
+    row_itemsize: bytes of one number of a gradient, 0 for the same.
+    """
 
     num_weights: int
     num_blocks: int
@@ -113,6 +122,12 @@ class Sizes:
     single_block: bool
     itemsize: int
     factors: int = 0  # bytes of Kronecker factors
+    row_itemsize: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one gradient where gradients are collected."""
+        return self.num_weights * (self.row_itemsize or self.itemsize)
 
     @classmethod
     def of(cls, layout: BlockLayout, itemsize: int) -> Sizes:
@@ -129,7 +144,7 @@ class Sizes:
             return self.factors, self.factors + 8 * self.num_weights
         if self.form(num_grads) == "dual":
             # the gradients are stored once; the factor is float64
-            stored = num_grads * self.num_weights * self.itemsize
+            stored = num_grads * self.row_bytes
             return stored, stored + 8 * self.num_blocks * num_grads**2
         # accumulated in float64, and emptied group by group as the inverse fills
         padded = self.num_blocks * self.block_size**2
@@ -151,14 +166,17 @@ class Sizes:
             return {"select": vectors}
         if settings.num_recomputations != 0:
             vectors += 2 * INDEX_BYTES * self.num_weights
-        row = self.num_weights * self.itemsize
+        row = self.row_bytes
         rows, micro = chunks(row, num_rows, limit, activation)
-        buffer = (2 + rows) * row  # the weights, the dead ones, and the rows handed over
+        # the weights, the dead ones, and the rows handed over
+        buffer = 2 * self.num_weights * self.itemsize + rows * row
         fisher, inverse = self.fisher_bytes(num_rows)
         if settings.chosen_update == "greedy":
             vectors += 4 * 8 * self.num_weights  # order, losses, and saliencies in order
         return {
-            "gradients": buffer + fisher + micro * (row + ACTIVATION_FACTOR * activation),
+            "gradients": buffer
+            + fisher
+            + micro * (max(row, self.num_weights * self.itemsize) + ACTIVATION_FACTOR * activation),
             "fisher": buffer + fisher,
             "inverse": buffer + inverse,
             "select and update": vectors + inverse,
@@ -198,6 +216,9 @@ def byte_plan(
         num_rows = max(num_rows, layout.block_size)  # its blocks are always there as such
     wide = any(parameter.dtype == torch.float64 for parameter in targets.parameters.values())
     sizes = Sizes.of(layout, 8 if wide or settings.method == "hessian" else 4)
+    narrow = GRAD_DTYPES[settings.grad_dtype]
+    if narrow is not None:
+        sizes = replace(sizes, row_itemsize=narrow.itemsize)
     if settings.method == "kfac":
         sides = [(len(p), p.numel() // len(p)) for p in targets.parameters.values()]
         # both factors, their eigenvectors, and scratch for making those
@@ -350,6 +371,7 @@ def plan(
     max_layer_sparsity: float | Mapping[str, float] = 1.0,
     fisher_average: float = 0.0,
     fishleg: FishLeg | Mapping[str, Any] | None = None,
+    grad_dtype: str = "auto",
     seed: int = 0,
     memory_limit: int | str | None = None,
 ) -> Plan:
@@ -375,6 +397,7 @@ def plan(
     seconds: dict[str, float] = {}
     activation, each = 0, 1
     notes: tuple[str, ...] = ()
+    how = ""
     if data is None or isinstance(data, Iterator):
         notes = ("The gradients were not timed: the data can be read only once, or there is none.",)
     else:
@@ -386,20 +409,24 @@ def plan(
                 grad_batch_size=grad_batch_size,
                 fisher_type=fisher_type,
             )
-            row = layout.num_weights * rough.sizes.itemsize
+            row = rough.sizes.row_bytes
             once, activation, each = _gradient_seconds(model, data, objective, settings, limit, row)
             seconds["gradients"] = once * len(steps)
-            if objective.why_loop is not None:
-                notes = (
-                    f"Samples are differentiated one at a time: vmap cannot trace the model ({objective.why_loop}).",
-                )
+            how = _counted(objective.explain().values())
+            if objective.fallbacks is not None:
+                notes = (objective.fallbacks,)
     # every step differentiates the whole network, and works on the blocks of the weights that are left
     work = sum(1 - sparsity for sparsity in [before, *steps[:-1]])
     once_each = _fisher_seconds(rough.sizes, settings, found.device, settings.num_grads * each)
     seconds |= {phase: time * work for phase, time in once_each.items()}
     final, _ = byte_plan(layout, settings, found, memory_limit, activation, each)
     phases = tuple(replace(phase, seconds=seconds.get(phase.name)) for phase in final.phases)
-    return replace(final, phases=phases, notes=notes)
+    return replace(final, phases=phases, notes=notes, gradients=how)
+
+
+def _counted(words: Iterable[str]) -> str:
+    """Each of the words once, with how often it came."""
+    return "; ".join(f"{count} x {word}" for word, count in Counter(words).most_common())
 
 
 def layout_of(targets: Targets, settings: Settings) -> BlockLayout:

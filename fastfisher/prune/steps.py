@@ -179,7 +179,12 @@ class Run:
             stream: GradientStream | Read
             if self.settings.method in FROM_GRADIENTS:
                 stream = GradientStream(
-                    objective, reader, layout, num_grads=self.settings.num_grads, memory_limit=limit
+                    objective,
+                    reader,
+                    layout,
+                    num_grads=self.settings.num_grads,
+                    memory_limit=limit,
+                    dtype=self.settings.grad_dtype,
                 )
             else:
                 stream = self._read(objective, reader, layout)
