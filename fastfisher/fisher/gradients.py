@@ -980,7 +980,7 @@ class GradientStream:
             piece = buffer[filled * each : (filled + count) * each].view(count, each, -1)  # [k, n_out, d]
             rows = _Piece(piece, self.layout, samples.origin[0])
             losses = self.objective.write(samples, rows, chunk_size=chunk_size)
-            finite = self._judge(piece, rows, losses, samples)
+            finite = self._judge(rows, losses, samples)
             good = int(finite.sum())
             if good < len(finite):
                 piece[:good] = piece[finite]
@@ -1011,10 +1011,20 @@ class GradientStream:
             yield buffer[: count * each].zero_()
             missing -= count
 
-    def _judge(self, piece: Tensor, rows: _Piece, losses: Tensor, samples: Samples) -> Tensor:
-        """Note the norms of the gradients in piece [k, n_out, d], and tell which of the k are finite."""
-        k, each, _ = piece.shape
-        flat = rows.flat
+    def differentiate(self, samples: Samples, out: Tensor) -> Tensor:
+        """Write the gradients of samples into out [rows, d], of the stream's dtype; returns the losses [k].
+
+        Nothing is noted, and the rows may be anything but finite.
+        """
+        count = 1 if self._per_grad > 1 else len(samples)
+        return self.objective.write(
+            samples, _Piece(out.view(count, -1, out.shape[1]), self.layout, samples.origin[0])
+        )
+
+    def _judge(self, rows: _Piece, losses: Tensor, samples: Samples) -> Tensor:
+        """Note the norms of the gradients, and tell which of the k are finite."""
+        flat, k = rows.flat, rows.count
+        each = len(flat) // k
         squares = torch.stack(
             [
                 torch.linalg.vector_norm(flat[:, a:b], dim=1, dtype=torch.float64).view(k, each) ** 2
