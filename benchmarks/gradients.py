@@ -1,10 +1,10 @@
 """Per-sample gradients: `python -m benchmarks.gradients`.
 
 Three networks, one micro-batch each.  Ways: the obvious `torch.func.vmap(grad)`, into a dict of tensors; ours, by
-layers, into the rows [k, d] of a buffer; and two that make no per-sample gradient at all and are floors: plain autograd of the
-batch, and its forward and backward down to the first layer without any weight gradient.  The ways take turns, so that
-what disturbs the machine disturbs all.  Both results are compared with float64, and a ratio is printed only where ours
-agrees.  Peak memory is measured in a process of its own, beside the bytes that the micro-batch was sized with.
+layers, into the rows [k, d] of a buffer; and two that make no per-sample gradient at all and are floors: plain autograd
+of the batch, and its forward and backward down to the first layer without any weight gradient.  The ways take turns, so
+that what disturbs the machine disturbs all.  Both results are compared with float64, and a ratio is printed only where
+ours agrees.  Peak memory is measured in a process of its own, beside the bytes that the micro-batch was sized with.
 Writes results/gradients-<machine>.json.
 """
 
