@@ -27,6 +27,7 @@ from fastfisher.fisher.conjugate import conjugate_gradients
 from fastfisher.fisher.gradients import Objective, parameter_aliases, untouched
 from fastfisher.fisher.hessian import target_names
 from fastfisher.fisher.inverse import UPDATES, _absolute, _check_options, check_weight, checked_vectors
+from fastfisher.fisher.layers import source_of
 
 FISHER_TYPES = ("empirical", "mc")
 # Patches unfolded at once, in bytes: they are kernel-size times as large as the image they come from.
@@ -340,8 +341,9 @@ class _Recorder:
                     f"the layer of {name!r} runs where no gradient is recorded (torch.no_grad, or a reentrant "
                     f"checkpoint), so K-FAC cannot see its output's gradient"
                 )
-            # an edge and not the tensor: what follows may overwrite the output in place
-            self.calls.append((name, module, get_gradient_edge(output)))
+            # an edge and not the tensor: what follows may overwrite the output in place, of which a view has its base
+            source = source_of(output)
+            self.calls.append((name, module, get_gradient_edge(output if source is None else source)))
             factors = self.factors[name]
             with torch.no_grad():
                 for rows in input_rows(module, x.detach()):

@@ -419,11 +419,10 @@ class Capture:
             if dim is None:
                 # the same for all samples so far, as positions are; from here on each has its own gradient
                 output, dim, replaced = output.expand(k, *output.shape).clone(), 0, True
-            elif output._is_view() and not _reshaped(output):
+            source = source_of(output)
+            if source is None:
                 output, dim, replaced = output.movedim(dim, 0).clone(), 0, True
-            # what follows may overwrite a view in place, after which only its base leads here
-            base = output._base if output._is_view() else output
-            assert base is not None
+                source = output
             x = x.detach()
             x = x.expand(k, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
             statistics: Any = (
@@ -431,7 +430,7 @@ class Capture:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm)
                 else None
             )
-            self.calls.append(Call(module, x, get_gradient_edge(base), output.shape, dim, statistics))
+            self.calls.append(Call(module, x, get_gradient_edge(source), output.shape, dim, statistics))
             return output if replaced else None
 
         found = _Look.apply(note, self.zero, x, output)
@@ -471,13 +470,19 @@ class NoPadding(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _reshaped(output: Tensor) -> bool:
-    """Whether a view has the numbers of its base, all and in the same order."""
+def source_of(output: Tensor) -> Tensor | None:
+    """The tensor whose gradient is that of `output` up to a reshape, also after `output` is overwritten in place.
+
+    It is the base of a view, since the view itself drops out of the graph then; None for views that are no reshape.
+    """
+    if not output._is_view():
+        return output
     base = output._base
-    return (
+    whole = (
         base is not None
         and base.numel() == output.numel()
         and base.dtype == output.dtype
         and base.is_contiguous()
         and output.is_contiguous()
     )
+    return base if whole else None
