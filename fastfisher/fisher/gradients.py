@@ -207,6 +207,28 @@ class Rows:
         self.found[name] = rows
 
 
+class _Along(Rows):
+    """g · δ of every row in float64, tensor by tensor, with no row kept."""
+
+    def __init__(self, direction: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.direction = direction
+        self.total: Tensor | None = None  # [rows]
+
+    def wants(self, name: str) -> bool:
+        return name in self.direction
+
+    def put(self, name: str, rows: Tensor) -> None:
+        part = rows.reshape(len(rows), -1).double() @ self.direction[name].reshape(-1).double()
+        self.total = part if self.total is None else self.total + part
+
+    def products(self) -> Tensor:
+        """[rows]; raises KeyError where nothing came."""
+        if self.total is None:
+            raise KeyError("no target lies along the direction")
+        return self.total
+
+
 class Objective:
     """The loss as a function of the target weights alone: losses(weights, samples) -> [k].
 
@@ -603,15 +625,15 @@ class Objective:
     def slopes(self, direction: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """The derivatives of the data's loss along `direction`, ∇ℓ_i · δ in float64 [k], for every fisher_type."""
         # forward mode would take as long (ResNet-20, one core) and lacks operators
-        rows = Rows()
-        losses = self._single("empirical", samples, rows)
-        return _along(direction, rows.found, len(losses))
+        rows = _Along(direction)
+        self._single("empirical", samples, rows)
+        return rows.products()
 
     def curvatures(self, direction: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """The Fisher along `direction`, δᵀ F_i δ = Σ (g · δ)² over the rows of a sample, in float64 [k]; without λ."""
-        grads, losses = self.gradients(samples)
-        rows = len(next(iter(grads.values())))
-        return _along(direction, grads, rows).square().reshape(len(losses), -1).sum(1)
+        rows = _Along(direction)
+        losses = self.write(samples, rows)
+        return rows.products().square().reshape(len(losses), -1).sum(1)
 
     def fisher_product(self, direction: Mapping[str, Tensor], samples: Samples) -> dict[str, Tensor]:
         """F v = (1/k) Σ g (g · v) over the rows g that `gradients` gives for k samples, without λ: name -> its shape.
@@ -625,9 +647,12 @@ class Objective:
         with evaluating(self.model):
             grads, losses = self.gradients(samples)
         rows = len(next(iter(grads.values())))
-        along = _along(direction, grads, rows) / len(losses)  # [rows]
+        along = _Along(direction)
+        for name, row in grads.items():
+            along.put(name, row)
+        share = along.products() / len(losses)  # [rows]
         return {
-            name: (along @ grads[name].reshape(rows, -1).double()).reshape(weight.shape).to(weight.dtype)
+            name: (share @ grads[name].reshape(rows, -1).double()).reshape(weight.shape).to(weight.dtype)
             for name, weight in self.weights.items()
         }
 
@@ -764,14 +789,6 @@ def _backward(height: Tensor, weights: Mapping[str, Tensor], *, again: bool = Fa
         name: torch.zeros_like(weight)[None] if grad is None else grad[None]
         for (name, weight), grad in zip(weights.items(), grads, strict=True)
     }
-
-
-def _along(direction: Mapping[str, Tensor], grads: Mapping[str, Tensor], rows: int) -> Tensor:
-    """g · δ of every row in float64 [k]."""
-    total = torch.zeros(rows, dtype=torch.float64, device=next(iter(grads.values())).device)
-    for name, delta in direction.items():
-        total += grads[name].reshape(rows, -1).double() @ delta.reshape(-1).double()
-    return total
 
 
 def _moved(weights: Mapping[str, Tensor], direction: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:

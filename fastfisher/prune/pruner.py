@@ -146,7 +146,8 @@ def _fill_gradients(report: Report, settings: Settings, outcome: Outcome, object
                 f"{stream.num_non_finite} of {stream.num_finite + stream.num_non_finite} gradients were non-finite "
                 f"(first: {stream.first_non_finite}){used}."
             )
-    if objective.fallbacks is not None and isinstance(first, GradientStream):
+    rows = isinstance(first, GradientStream) or objective.why_loop is not None
+    if rows and objective.fallbacks is not None:
         report.notes.append(objective.fallbacks)
     if first.unreached:
         report.notes.append(

@@ -423,20 +423,29 @@ def test_what_float16_overflows_or_loses_is_not_finite() -> None:
     assert made.num_non_finite == 0
 
 
-@pytest.mark.parametrize("method", ["woodfisher", "woodtaylor", "diagonal"])
-def test_pruning_with_narrow_gradients(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "block_size"), [("woodfisher", 8), ("woodfisher", None), ("woodtaylor", 8), ("diagonal", 8)]
+)
+def test_pruning_with_narrow_gradients(method: str, block_size: int | None) -> None:
     data = [images(24)]
-    masks = []
+    masks, stored = [], []
     for dtype in ("auto", "bfloat16"):
         model = classifier()
-        options: dict[str, Any] = {"method": method, "block_size": 8, "num_grads": 24, "grad_dtype": dtype}
+        options: dict[str, Any] = {
+            "method": method,
+            "block_size": block_size,
+            "num_grads": 24,
+            "grad_dtype": dtype,
+        }
         told = plan(model, data, sparsity=0.5, num_recomputations=0, **options)
+        stored.append({phase.name: phase.bytes for phase in told.phases}["gradients"])
         assert "gradients: " in str(told)
         assert "linear: batched product" in told.gradients
         report = prune(model, data, sparsity=0.5, num_recomputations=0, progress=False, **options)
         assert not any("torch.func" in note for note in report.notes)
         masks.append(torch.cat([(p != 0).flatten() for n, p in model.named_parameters() if p.dim() > 1]))
     assert float((masks[0] == masks[1]).double().mean()) > 0.97
+    assert stored[1] < stored[0]
     with pytest.raises(FastFisherError, match=r"grad_dtype goes with method .* got method='fishleg'"):
         plan(model, None, sparsity=0.5, method="fishleg", grad_dtype="bfloat16")
     with pytest.raises(FastFisherError, match=r"grad_dtype must be one of 'auto', .* got 'half'"):
