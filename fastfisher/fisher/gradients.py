@@ -61,6 +61,8 @@ ACTIVATION_FACTOR = 3
 # ReLU's flip under rounding, and a use of a weight that was missed leaves all or much of it.
 TOLERANCE = {torch.float64: 0.02, torch.float32: 0.1}
 HALF_TOLERANCE = 0.5
+# Numbers that are widened to float64 at once for their norm.
+NORM_NUMBERS = 1 << 20
 # Formats of the rows that are handed over; "auto" is float32, float64 where a weight is.
 GRAD_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -760,6 +762,14 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
 
 
+def _norms(rows: Tensor) -> Tensor:
+    """‖g‖ of every row in float64; torch makes a float64 copy for that, here of a few rows at a time."""
+    at_once = max(1, NORM_NUMBERS // rows.shape[1])
+    return torch.cat(
+        [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(at_once)]
+    )
+
+
 def _put(found: tuple[dict[str, Tensor], Tensor], rows: Rows) -> Tensor:
     """Hand tensors over and return the losses."""
     grads, losses = found
@@ -1042,12 +1052,9 @@ class GradientStream:
         """Note the norms of the gradients, and tell which of the k are finite."""
         flat, k = rows.flat, rows.count
         each = len(flat) // k
-        squares = torch.stack(
-            [
-                torch.linalg.vector_norm(flat[:, a:b], dim=1, dtype=torch.float64).view(k, each) ** 2
-                for _, (a, b) in self._ranges
-            ]
-        ).sum(2)  # [tensors, k]
+        squares = torch.stack([_norms(flat[:, a:b]).view(k, each) ** 2 for _, (a, b) in self._ranges]).sum(
+            2
+        )  # [tensors, k]
         loss_finite = torch.isfinite(losses)
         lost = rows.nonzero & (squares.sum(0) == 0)
         finite = (torch.isfinite(squares).all(0) & loss_finite & ~lost).cpu()
