@@ -139,6 +139,13 @@ class BlockLayout:
         """The weights of one tensor that are in the layout, from [k, *shape] to [k, its share of d]."""
         return self._flat(name, grads, 1)
 
+    def place(self, name: str, rows: Tensor) -> Tensor | None:
+        """The columns of one tensor in rows [k, d] as a view [k, *shape], None where its order there is another."""
+        if name in self.last:
+            return None
+        start, stop = self.parameter_ranges[name]
+        return rows[:, start:stop].unflatten(1, self.shapes[self.names.index(name)] or (1,))
+
     def _flat(self, name: str, tensor: Tensor, lead: int) -> Tensor:
         """[*lead, *shape] as [*lead, its share of d], in the order of the layout."""
         if name in self.last:
@@ -241,6 +248,10 @@ class LiveLayout(BlockLayout):
         start, stop = self.parameter_ranges[name]
         places = self.index[start:stop] - self.whole.parameter_ranges[name][0]
         return self.whole.rows(name, grads)[:, places]
+
+    def place(self, name: str, rows: Tensor) -> Tensor | None:
+        """None: what is left of a tensor lies without gaps."""
+        return None
 
     def gather(self, vector: Tensor) -> Tensor:
         """From a vector over the whole to the one [d] over the live weights."""

@@ -1,8 +1,12 @@
 """Gradients of the loss in the target weights, one row per sample or per mini-batch: model + data -> [k, d].
 
-Per sample (grad_batch_size = 1): g_i = ∇_w ℓ(w; x_i), by torch.func.vmap(grad) over micro-batches; a model that
-vmap cannot trace (control flow that depends on data, `.item()`) is differentiated one sample at a time, and `why_loop`
-says why.
+Per sample (grad_batch_size = 1): g_i = ∇_w ℓ(w; x_i) over micro-batches, by the first of these ways that works, and
+`explain` says which and why:
+  by layers     one forward under vmap and one backward to the layers' outputs; each layer's rows follow from its input
+                and that gradient (layers.py).  Weights without such a rule go in once for each sample, in the same two
+                passes ("torch.func").  The first sample's rows are compared with plain autograd.
+  vmap(grad)    where that fails or differs; `why_vmap` says why.
+  one by one    a model that vmap cannot trace (control flow that depends on data, `.item()`); `why_loop` says why.
 Mini-batch means (grad_batch_size = n > 1): g_i = ∇_w of the batch loss over n samples, by plain autograd.
 
 Three kinds of Fisher, F = (1/m) Σ_i F_i, with J = ∂o/∂w and the loss ℓ(o, y) of outputs and labels:
@@ -19,9 +23,10 @@ written.  Source: WoodFisher, eq. 3.3 (empirical Fisher) and its 'fisher-mini-bs
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +36,7 @@ from torch.func import functional_call, grad, vjp, vmap
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout
+from fastfisher.fisher.layers import Call, Capture, NoPadding, Unseen, rule_of
 from fastfisher.fisher.likelihood import (
     FISHER_TYPES,
     drawn_labels,
@@ -54,6 +60,15 @@ KEPT_GRADS = 128
 # What one sample's forward saves for backward, times this, bounds what vmap(grad) holds for it (measured 1.6 to 2.5).
 ACTIVATION_FACTOR = 3
 
+# By how much a sample's gradient by layers may differ from plain autograd, of its norm in each tensor: kinks such as
+# ReLU's flip under rounding, and a use of a weight that was missed leaves all or much of it.
+TOLERANCE = {torch.float64: 0.02, torch.float32: 0.1}
+HALF_TOLERANCE = 0.5
+# Numbers that are widened to float64 at once for their norm.
+NORM_NUMBERS = 1 << 20
+# Formats of the rows that are handed over; "auto" is float32, float64 where a weight is.
+GRAD_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 # what a model's forward may raise without it being a fault of this package; interrupts and lack of memory pass through
 _FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
@@ -70,6 +85,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Attention by operators that have a derivative: torch asks tensors under vmap, which do not say they want one."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
@@ -168,11 +194,54 @@ def parameter_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {names[0]: tuple(names) for names in groups.values()}
 
 
+class Rows:
+    """Where the rows of every target go, [k, *shape] each: here into a dict of tensors."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+
+    def wants(self, name: str) -> bool:
+        """Whether the rows of a target are wanted at all."""
+        return True
+
+    def place(self, name: str) -> Tensor | None:
+        """Memory [k, *shape] that the rows may be written into, which makes `put` unnecessary; or None."""
+        return None
+
+    def put(self, name: str, rows: Tensor) -> None:
+        """Take rows that were made elsewhere."""
+        self.found[name] = rows
+
+
+class _Along(Rows):
+    """g · δ of every row in float64, tensor by tensor, with no row kept."""
+
+    def __init__(self, direction: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.direction = direction
+        self.total: Tensor | None = None  # [rows]
+
+    def wants(self, name: str) -> bool:
+        return name in self.direction
+
+    def put(self, name: str, rows: Tensor) -> None:
+        part = rows.reshape(len(rows), -1).double() @ self.direction[name].reshape(-1).double()
+        self.total = part if self.total is None else self.total + part
+
+    def products(self) -> Tensor:
+        """[rows]; raises KeyError where nothing came."""
+        if self.total is None:
+            raise KeyError("no target lies along the direction")
+        return self.total
+
+
 class Objective:
     """The loss as a function of the target weights alone: losses(weights, samples) -> [k].
 
     weights: name -> tensor in the parameter's shape and dtype, for every target name.   grad_batch_size 1: one loss per
-    sample; above 1: one loss per call, over all samples given.   `why_loop` is None, or why samples run one at a time.
+    sample; above 1: one loss per call, over all samples given.   `why_vmap` is None, or why gradients come from
+    vmap(grad) and not by layers; `why_loop` is None, or why samples run one at a time; `explain` has a word for each
+    target.
     fisher_type: "empirical", "mc" or "exact".   The last two need to know the likelihood: batches (input, label), or
     dicts with integer labels [n] and a model that returns .logits [n, C].
     """
@@ -208,11 +277,19 @@ class Objective:
         self.device = next(iter(self.weights.values())).device
         self.grad_batch_size = grad_batch_size
         self.fisher_type = fisher_type
+        self.why_vmap: str | None = None
         self.why_loop: str | None = None
         self.model = model
         self.loss_fn = loss_fn
         self._loss = _BatchLoss(model, loss_fn)
         self._aliases = {name: tuple(f"model.{alias}" for alias in aliases[name]) for name in names}
+        self._owners: dict[
+            str, list[tuple[nn.Module, str]]
+        ] = {}  # of the weights that layers give the rows of
+        self._unruled: dict[str, str] = {}  # of the others, why
+        for name in names:
+            self._find_rule(name, aliases[name])
+        self._compared = False
         target_names = {alias for name in names for alias in aliases[name]}
         # detached, so that no gradient is computed for what is not a target
         self._fixed = {f"model.{n}": p.detach() for n, p in parameters.items() if n not in target_names}
@@ -224,11 +301,65 @@ class Objective:
         """The same loss as a function of some of the targets, the others staying as they are."""
         other = copy.copy(self)
         other.weights = {name: self.weights[name] for name in names}
+        other._owners = {name: self._owners[name] for name in names if name in self._owners}
+        other._unruled = {name: self._unruled[name] for name in names if name in self._unruled}
         other._fixed = dict(self._fixed)
         for name, weight in self.weights.items():
             if name not in other.weights:
                 other._fixed.update(dict.fromkeys(self._aliases[name], weight))
         return other
+
+    def _find_rule(self, name: str, aliases: Sequence[str]) -> None:
+        places = []
+        for alias in aliases:
+            path, _, key = alias.rpartition(".")
+            module = self.model.get_submodule(path)
+            rule, why = rule_of(module, key)
+            if rule is None:
+                self._unruled[name] = why
+                return
+            places.append((module, key))
+        self._owners[name] = places
+
+    def explain(self) -> dict[str, str]:
+        """How the gradients of every target come about, and why so where a faster way was not taken."""
+        if self.grad_batch_size > 1:
+            return dict.fromkeys(self.weights, "plain autograd of the mini-batch")
+        if self.why_loop is not None:
+            return dict.fromkeys(self.weights, f"one sample at a time: {self.why_loop}")
+        if self.fisher_type == "exact":
+            return dict.fromkeys(self.weights, "vmap(vjp): one row for each output")
+        if self.why_vmap is not None:
+            return dict.fromkeys(self.weights, f"vmap(grad): {self.why_vmap}")
+        found = {}
+        for name in self.weights:
+            if name in self._unruled:
+                found[name] = f"torch.func: {self._unruled[name]}"
+                continue
+            hows = []
+            for module, key in self._owners[name]:
+                rule, _ = rule_of(module, key)
+                if rule is not None:
+                    hows.append(rule.how(module, key, self.device))
+            found[name] = " + ".join(dict.fromkeys(hows))
+        return found
+
+    @property
+    def fallbacks(self) -> str | None:
+        """One sentence on per-sample gradients that do not come by layers, or None; see `explain` for each target."""
+        if self.grad_batch_size > 1 or self.fisher_type == "exact":
+            return None
+        if self.why_loop is not None:
+            return f"Samples are differentiated one at a time: vmap cannot trace the model ({self.why_loop})."
+        if self.why_vmap is not None:
+            return f"All gradients come from torch.func.vmap(grad): {self.why_vmap}."
+        if not self._unruled:
+            return None
+        first, why = next(iter(self._unruled.items()))
+        return (
+            f"Gradients of {len(self._unruled)} of {len(self.weights)} tensors come from torch.func "
+            f"(first: {first!r}, {why})."
+        )
 
     def _evaluate(
         self, weights: Mapping[str, Tensor], samples: Samples, leaves: Sequence[Tensor]
@@ -276,23 +407,31 @@ class Objective:
         return (drawn_root(output.detach(), label) * output).sum(), loss
 
     def _guarded(
-        self, samples: Samples, plain: Callable[[], Any], vmapped: Callable[[], Any] | None = None
+        self,
+        samples: Samples,
+        plain: Callable[[], Any],
+        vmapped: Callable[[], Any] | None = None,
+        layered: Callable[[], Any] | None = None,
     ) -> Any:
-        """Run the vmapped form, or from its first failure on the plain one; a failure of that one is the model's."""
+        """Run the layered form, the vmapped one from its first failure on, and then the plain one.
+
+        A failure of the plain form is the model's.
+        """
         try:
-            if vmapped is not None and self.why_loop is None:
-                try:
-                    with warnings.catch_warnings():
-                        # operators that vmap runs sample by sample, such as fused attention: no slower than others here
-                        warnings.filterwarnings("ignore", "There is a performance drop because")
-                        return vmapped()
-                except torch.OutOfMemoryError:
-                    raise
-                except (RuntimeError, TypeError) as error:
-                    result = plain()
-                    self.why_loop = f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
-                    return result
-            return plain()
+            if layered is None or self.why_vmap is not None or self.why_loop is not None:
+                return self._vmapped_or_plain(plain, vmapped)
+            state = torch.get_rng_state()
+            try:
+                with _quiet():
+                    return layered()
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError) as error:
+                torch.set_rng_state(state)  # the draws of labels begin again
+                result = self._vmapped_or_plain(plain, vmapped)
+                if self.why_loop is None:
+                    self.why_vmap = _told(error)
+                return result
         except (FastFisherError, torch.OutOfMemoryError):
             raise
         except _FORWARD_ERRORS as error:
@@ -301,6 +440,19 @@ class Objective:
             raise FastFisherError(
                 f"the model failed on {where} of the loader: {type(error).__name__}: {error}"
             ) from error
+
+    def _vmapped_or_plain(self, plain: Callable[[], Any], vmapped: Callable[[], Any] | None) -> Any:
+        if vmapped is None or self.why_loop is not None:
+            return plain()
+        try:
+            with _quiet():
+                return vmapped()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:
+            result = plain()
+            self.why_loop = _told(error)
+            return result
 
     def losses(self, weights: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """One loss per sample [k], or [1] over all samples when grad_batch_size > 1."""
@@ -330,24 +482,141 @@ class Objective:
         fisher_type "exact": [k n_out, *shape], the rows of a sample one after the other, by backward passes for
         `chunk_size` rows at once (default: all).
         """
-        if self.fisher_type == "exact":
-            return self._exact(samples, chunk_size)
-        return self._single(self.fisher_type, samples)
+        rows = Rows()
+        losses = self.write(samples, rows, chunk_size=chunk_size)
+        return rows.found, losses
 
-    def _single(self, kind: str, samples: Samples) -> tuple[dict[str, Tensor], Tensor]:
+    def write(self, samples: Samples, rows: Rows, *, chunk_size: int | None = None) -> Tensor:
+        """`gradients` into places that the caller chooses, tensor by tensor; returns the losses [k]."""
+        if self.fisher_type == "exact":
+            return _put(self._exact(samples, chunk_size), rows)
+        return self._single(self.fisher_type, samples, rows)
+
+    def _single(self, kind: str, samples: Samples, rows: Rows) -> Tensor:
         """One row per sample or mini-batch, and its loss."""
         if self.grad_batch_size > 1:
-            return self._guarded(samples, lambda: self._plain(kind, samples, samples.leaves))
+            return _put(self._guarded(samples, lambda: self._plain(kind, samples, samples.leaves)), rows)
 
-        def vmapped() -> tuple[dict[str, Tensor], Tensor]:
+        def vmapped() -> Tensor:
             one = grad(lambda w, leaves: self._height(kind, w, samples, _alone(leaves)), has_aux=True)
             # no_grad reaches the level outside grad only: nothing else records a graph
             with torch.no_grad():
-                return vmap(one, in_dims=(None, 0), randomness="different")(self.weights, samples.leaves)
+                found = vmap(one, in_dims=(None, 0), randomness="different")(self.weights, samples.leaves)
+            return _put(found, rows)
 
-        return self._guarded(
-            samples, lambda: self._looped(samples, lambda x: self._plain(kind, samples, x)), vmapped
-        )
+        def plain() -> Tensor:
+            return _put(self._looped(samples, lambda x: self._plain(kind, samples, x)), rows)
+
+        def layered() -> Tensor:
+            if not self._compared:
+                self._compare(samples)
+            return self._seen(kind, samples, rows)
+
+        losses: Tensor = self._guarded(samples, plain, vmapped, layered)
+        return losses
+
+    def _seen(self, kind: str, samples: Samples, rows: Rows) -> Tensor:
+        """`_by_layers`, after those weights are known that layers do not account for."""
+        while True:
+            try:
+                return self._by_layers(kind, samples, rows)
+            except Unseen as unseen:
+                del self._owners[unseen.name]
+                self._unruled[unseen.name] = unseen.why
+
+    def _by_layers(self, kind: str, samples: Samples, rows: Rows) -> Tensor:
+        """Rows from the inputs of the layers and the gradients at their outputs, and the losses.
+
+        Raises Unseen where a weight turns out to have no place in this.
+        """
+        k = len(samples)
+        weights, stand_ins = {}, {}
+        for name, weight in self.weights.items():
+            if name in self._owners:
+                weights[name] = weight.detach().requires_grad_()
+                stand_ins[name] = weight.detach().requires_grad_()
+            else:
+                weights[name] = weight.detach().expand(k, *weight.shape).requires_grad_()
+        capture = Capture(self._owners, stand_ins)
+
+        def heights(w: dict[str, Tensor], zero: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+            capture.zero = zero
+            return self._height(kind, w, samples, _alone(leaves))
+
+        dims = {name: None if name in self._owners else 0 for name in weights}
+        with torch.enable_grad():
+            zero = torch.zeros(k, device=self.device)
+            odd = NoPadding(stand_ins.values()) if self._unruled else nullcontext()
+            with capture.watching(), _without_fast_path(), odd:
+                height, loss = vmap(heights, in_dims=(dims, 0, 0), randomness="different")(
+                    weights, zero, samples.leaves
+                )
+            calls = capture.calls
+            places: list[Any] = [call.edge for call in calls] + list(weights.values())
+            grads: list[Tensor | None] = [None] * len(places)
+            if height.requires_grad:
+                grads = list(torch.autograd.grad(height.sum(), places, allow_unused=True))
+        for name, g in zip(weights, grads[len(calls) :], strict=True):
+            if name in self._owners and g is not None:
+                raise Unseen(name, "it is used outside the layer that owns it")
+        uses = {name: capture.calls_of(name) for name in self._owners}
+        left = [sum(i == j for found in uses.values() for j, _ in found) for i in range(len(calls))]
+        for at, name in enumerate(weights, len(calls)):
+            if not rows.wants(name):
+                continue
+            if name in self._owners:
+                self._put_layer(name, k, [(calls[i], how, grads[i]) for i, how in uses[name]], rows)
+            else:
+                g = grads[at]
+                rows.put(name, weights[name].new_zeros(()).expand(weights[name].shape) if g is None else g)
+            grads[at] = None
+            for i, _ in uses.get(name, ()):
+                left[i] -= 1
+                if not left[i]:
+                    grads[i] = None
+                    calls[i].x = calls[i].x.new_empty(0)
+        return loss.detach()
+
+    def _put_layer(
+        self, name: str, k: int, found: Sequence[tuple[Call, Any, Tensor | None]], rows: Rows
+    ) -> None:
+        """The rows of one weight, summed over the calls of its layers that the loss depends on."""
+        reached = [(call, how, g) for call, how, g in found if g is not None]
+        shape = self.weights[name].shape
+        if any(call.overwritten for call, _, _ in reached):
+            raise Unseen(name, "the input of its layer was overwritten in place")
+        if not reached:
+            rows.put(name, self.weights[name].new_zeros(()).expand(k, *shape))
+            return
+        place = rows.place(name) if len(reached) == 1 else None
+        total: Tensor | None = None
+        for call, how, g in reached:
+            row = how(call, call.output_gradient(g), place)
+            total = row if total is None else total + row
+        if total is not place and total is not None:
+            rows.put(name, total.view(k, *shape))
+
+    def _compare(self, samples: Samples) -> None:
+        """Raise RuntimeError where the first sample's rows by layers are not those of plain autograd."""
+        one = samples.narrow(0, 1)
+        found = Rows()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self._seen("empirical", one, found)
+            expected, _ = self._plain("empirical", one, one.leaves)
+        norms = {name: float(torch.linalg.vector_norm(row.double())) for name, row in expected.items()}
+        total = math.hypot(*norms.values())
+        if not math.isfinite(total):
+            return  # nothing to compare with: the next samples will tell
+        for name, row in expected.items():
+            off = float(torch.linalg.vector_norm(found.found[name].double() - row.double()))
+            allowed = TOLERANCE.get(row.dtype, HALF_TOLERANCE) * max(norms[name], 0.01 * total)
+            if not off <= allowed:
+                raise RuntimeError(
+                    f"by layers the gradient of {name!r} differs from plain autograd by {off:.2g} of a norm of "
+                    f"{norms[name]:.2g}"
+                )
+        self._compared = True
 
     def _exact(self, samples: Samples, chunk_size: int | None) -> tuple[dict[str, Tensor], Tensor]:
         """Rows Jᵀ v, v the rows of a root V of the Hessian in the outputs, and losses."""
@@ -376,14 +645,15 @@ class Objective:
     def slopes(self, direction: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """The derivatives of the data's loss along `direction`, ∇ℓ_i · δ in float64 [k], for every fisher_type."""
         # forward mode would take as long (ResNet-20, one core) and lacks operators
-        grads, losses = self._single("empirical", samples)
-        return _along(direction, grads, len(losses))
+        rows = _Along(direction)
+        self._single("empirical", samples, rows)
+        return rows.products()
 
     def curvatures(self, direction: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """The Fisher along `direction`, δᵀ F_i δ = Σ (g · δ)² over the rows of a sample, in float64 [k]; without λ."""
-        grads, losses = self.gradients(samples)
-        rows = len(next(iter(grads.values())))
-        return _along(direction, grads, rows).square().reshape(len(losses), -1).sum(1)
+        rows = _Along(direction)
+        losses = self.write(samples, rows)
+        return rows.products().square().reshape(len(losses), -1).sum(1)
 
     def fisher_product(self, direction: Mapping[str, Tensor], samples: Samples) -> dict[str, Tensor]:
         """F v = (1/k) Σ g (g · v) over the rows g that `gradients` gives for k samples, without λ: name -> its shape.
@@ -397,9 +667,12 @@ class Objective:
         with evaluating(self.model):
             grads, losses = self.gradients(samples)
         rows = len(next(iter(grads.values())))
-        along = _along(direction, grads, rows) / len(losses)  # [rows]
+        along = _Along(direction)
+        for name, row in grads.items():
+            along.put(name, row)
+        share = along.products() / len(losses)  # [rows]
         return {
-            name: (along @ grads[name].reshape(rows, -1).double()).reshape(weight.shape).to(weight.dtype)
+            name: (share @ grads[name].reshape(rows, -1).double()).reshape(weight.shape).to(weight.dtype)
             for name, weight in self.weights.items()
         }
 
@@ -503,6 +776,38 @@ class Objective:
         return sum(saved.values())
 
 
+def _told(error: Exception) -> str:
+    """The first sentence of what went wrong."""
+    return f"{type(error).__name__}: {error}".split("\n")[0].split(". ")[0]
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """‖g‖ of every row in float64; torch makes a float64 copy for that, here of a few rows at a time."""
+    at_once = max(1, NORM_NUMBERS // rows.shape[1])
+    return torch.cat(
+        [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(at_once)]
+    )
+
+
+def _put(found: tuple[dict[str, Tensor], Tensor], rows: Rows) -> Tensor:
+    """Hand tensors over and return the losses."""
+    grads, losses = found
+    while grads:
+        name = next(iter(grads))
+        row = grads.pop(name)
+        if rows.wants(name):
+            rows.put(name, row)
+    return losses
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warning of operators that vmap runs sample by sample, such as fused attention: no slower than others here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop because")
+        yield
+
+
 def _each(samples: Samples) -> Iterator[tuple[Tensor, ...]]:
     return (tuple(leaf[i] for leaf in samples.leaves) for i in range(len(samples)))
 
@@ -521,14 +826,6 @@ def _backward(height: Tensor, weights: Mapping[str, Tensor], *, again: bool = Fa
         name: torch.zeros_like(weight)[None] if grad is None else grad[None]
         for (name, weight), grad in zip(weights.items(), grads, strict=True)
     }
-
-
-def _along(direction: Mapping[str, Tensor], grads: Mapping[str, Tensor], rows: int) -> Tensor:
-    """g · δ of every row in float64 [k]."""
-    total = torch.zeros(rows, dtype=torch.float64, device=next(iter(grads.values())).device)
-    for name, delta in direction.items():
-        total += grads[name].reshape(rows, -1).double() @ delta.reshape(-1).double()
-    return total
 
 
 def _moved(weights: Mapping[str, Tensor], direction: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
@@ -572,13 +869,54 @@ def chunks(row_bytes: int, num_grads: int, limit: int, activation_bytes: int = 0
     return rows, max(1, min(MAX_MICRO_BATCH, rows, (limit - rows * row_bytes) // each))
 
 
+class _Piece(Rows):
+    """Rows [k, n_out, d] of a buffer, into which gradients are written in the layout's order and the buffer's dtype.
+
+    nonzero: bool [k], which gradients were not zero before they were rounded, where the dtype can lose them.
+    """
+
+    def __init__(self, piece: Tensor, layout: BlockLayout, batch: int) -> None:
+        super().__init__()
+        self.flat = piece.view(-1, piece.shape[2])  # [k n_out, d]
+        self.layout = layout
+        self.count = piece.shape[0]
+        self.batch = batch
+        self.nonzero = torch.zeros(self.count, dtype=torch.bool, device=piece.device)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether rounding can turn a gradient into zeros."""
+        return self.flat.dtype.itemsize < 4
+
+    def wants(self, name: str) -> bool:
+        return name in self.layout.parameter_ranges
+
+    def place(self, name: str) -> Tensor | None:
+        return None if self.narrow else self.layout.place(name, self.flat)
+
+    def put(self, name: str, rows: Tensor) -> None:
+        came = len(rows)
+        if came != len(self.flat):
+            each = len(self.flat) // self.count
+            raise FastFisherError(
+                f"fisher_type='exact' needs outputs of one size; batch {self.batch} of the loader gives "
+                f"{came // self.count} of a sample where the first gave {each}"
+            )
+        start, stop = self.layout.parameter_ranges[name]
+        rows = self.layout.rows(name, rows)
+        if self.narrow:
+            self.nonzero |= (rows != 0).view(self.count, -1).any(1)
+        self.flat[:, start:stop] = rows
+
+
 class GradientStream:
     """Iterate over the gradients of num_grads samples (or mini-batch means) as [k, d] pieces in the layout's order.
 
     num_grads is m, the divisor of the Fisher.  For fisher_type "exact" every sample gives `rows_per_grad` rows, a piece
     holds those of whole samples, and all counts and norms are those of samples.
 
-    The pieces are float32 (float64 where a target is float64) views of one buffer that the next piece overwrites.
+    The pieces are views of one buffer that the next piece overwrites; gradients are written into it once.   dtype: of
+    the pieces, one of GRAD_DTYPES.  A gradient that a narrow one overflows or loses altogether counts as not finite.
     data: batches, or a reader that goes on where another stream has stopped.
     layout: with the weights wanted; a LiveLayout leaves out those that are removed.
     Gradients or losses that are not finite are left out, counted, and replaced by further samples while the loader has
@@ -598,6 +936,7 @@ class GradientStream:
         num_grads: int,
         memory_limit: int = 1 << 30,
         keep_samples: bool = False,
+        dtype: str = "auto",
     ) -> None:
         self.objective = objective
         self.layout = layout
@@ -618,11 +957,8 @@ class GradientStream:
         self._ranges = list(layout.parameter_ranges.items())
         self._reached = [False] * len(self._ranges)
         self._limit = memory_limit
-        self.dtype = (
-            torch.float64
-            if any(w.dtype == torch.float64 for w in objective.weights.values())
-            else torch.float32
-        )
+        wide = any(w.dtype == torch.float64 for w in objective.weights.values())
+        self.dtype = GRAD_DTYPES[dtype] or (torch.float64 if wide else torch.float32)
         known = self._reader.known
         if known is not None and known < num_grads * self._per_grad:
             raise self._too_short(known)
@@ -698,11 +1034,11 @@ class GradientStream:
             samples = self._reader.take(self._per_grad if exactly else wanted, exactly=exactly)
             if samples is None:
                 break
-            grads, losses = self.objective.gradients(samples, chunk_size=chunk_size)
-            piece = buffer[filled * each : (filled + len(losses)) * each].view(
-                len(losses), each, -1
-            )  # [k, n_out, d]
-            finite = self._write(piece, grads, losses, samples)
+            count = 1 if exactly else len(samples)
+            piece = buffer[filled * each : (filled + count) * each].view(count, each, -1)  # [k, n_out, d]
+            rows = _Piece(piece, self.layout, samples.origin[0])
+            losses = self.objective.write(samples, rows, chunk_size=chunk_size)
+            finite = self._judge(rows, losses, samples)
             good = int(finite.sum())
             if good < len(finite):
                 piece[:good] = piece[finite]
@@ -735,26 +1071,26 @@ class GradientStream:
             yield buffer[: count * each].zero_()
             missing -= count
 
-    def _write(self, piece: Tensor, grads: Mapping[str, Tensor], losses: Tensor, samples: Samples) -> Tensor:
-        """Put the gradients into piece [k, n_out, d], note their norms, and tell which of the k are finite."""
-        k, each, _ = piece.shape
-        came = len(next(iter(grads.values())))
-        if came != k * each:
-            raise FastFisherError(
-                f"fisher_type='exact' needs outputs of one size; batch {samples.origin[0]} of the loader gives "
-                f"{came // k} of a sample where the first gave {each}"
-            )
-        flat = piece.view(came, -1)
-        for name, (start, stop) in self._ranges:
-            flat[:, start:stop] = self.layout.rows(name, grads[name])
-        squares = torch.stack(
-            [
-                torch.linalg.vector_norm(flat[:, a:b], dim=1, dtype=torch.float64).view(k, each) ** 2
-                for _, (a, b) in self._ranges
-            ]
-        ).sum(2)  # [tensors, k]
+    def differentiate(self, samples: Samples, out: Tensor) -> Tensor:
+        """Write the gradients of samples into out [rows, d], of the stream's dtype; returns the losses [k].
+
+        Nothing is noted, and the rows may be anything but finite.
+        """
+        count = 1 if self._per_grad > 1 else len(samples)
+        return self.objective.write(
+            samples, _Piece(out.view(count, -1, out.shape[1]), self.layout, samples.origin[0])
+        )
+
+    def _judge(self, rows: _Piece, losses: Tensor, samples: Samples) -> Tensor:
+        """Note the norms of the gradients, and tell which of the k are finite."""
+        flat, k = rows.flat, rows.count
+        each = len(flat) // k
+        squares = torch.stack([_norms(flat[:, a:b]).view(k, each) ** 2 for _, (a, b) in self._ranges]).sum(
+            2
+        )  # [tensors, k]
         loss_finite = torch.isfinite(losses)
-        finite = (torch.isfinite(squares).all(0) & loss_finite).cpu()
+        lost = rows.nonzero & (squares.sum(0) == 0)
+        finite = (torch.isfinite(squares).all(0) & loss_finite & ~lost).cpu()
         squares = squares.cpu()
         if not bool(finite.all()):
             self.num_non_finite += int((~finite).sum())
@@ -764,9 +1100,11 @@ class GradientStream:
                 wrong = (~torch.isfinite(squares[:, row])).nonzero()
                 if len(wrong):
                     name = self._ranges[int(wrong[0])][0]
-                    self.first_non_finite = (
-                        f"batch {batch}, {name!r}, {str(grads[name].dtype).removeprefix('torch.')}"
-                    )
+                    dtype = self.dtype if rows.narrow else self.objective.weights[name].dtype
+                    self.first_non_finite = f"batch {batch}, {name!r}, {str(dtype).removeprefix('torch.')}"
+                elif bool(lost[row]):
+                    kind = str(self.dtype).removeprefix("torch.")
+                    self.first_non_finite = f"batch {batch}, too small for {kind}"
                 else:
                     self.first_non_finite = (
                         f"batch {batch}, the loss, {str(losses.dtype).removeprefix('torch.')}"

@@ -29,6 +29,7 @@ from fastfisher.fisher.conv1d import is_conv1d
 from fastfisher.fisher.gradients import Objective, parameter_aliases, untouched
 from fastfisher.fisher.hessian import target_names
 from fastfisher.fisher.inverse import UPDATES, _check_options, absolute_damping, check_weight, checked_vectors
+from fastfisher.fisher.layers import source_of
 
 FISHER_TYPES = ("empirical", "mc")
 # Patches unfolded at once, in bytes: they are kernel-size times as large as the image they come from.
@@ -357,8 +358,9 @@ class _Recorder:
                     f"the layer of {name!r} runs where no gradient is recorded (torch.no_grad, or a reentrant "
                     f"checkpoint), so K-FAC cannot see its output's gradient"
                 )
-            # an edge and not the tensor: what follows may overwrite the output in place
-            self.calls.append((name, module, get_gradient_edge(output)))
+            # an edge and not the tensor: what follows may overwrite the output in place, of which a view has its base
+            source = source_of(output)
+            self.calls.append((name, module, get_gradient_edge(output if source is None else source)))
             factors = self.factors[name]
             with torch.no_grad():
                 for rows in input_rows(module, x.detach()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from fastfisher.errors import DoesNotFitError, FastFisherError
 from fastfisher.fisher import offload
 from fastfisher.fisher.batches import SampleReader
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.gradients import ACTIVATION_FACTOR, LossFn, Objective, chunks, untouched
+from fastfisher.fisher.gradients import ACTIVATION_FACTOR, GRAD_DTYPES, LossFn, Objective, chunks, untouched
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
 from fastfisher.fisher.kronecker import tile_side
 from fastfisher.fisher.sharded import gathered
@@ -55,7 +56,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.  free is None where the system does not say; largest_block is None where nothing fits."""
+    """What `plan` found.  free is None where the system does not say; largest_block is None where nothing fits.
+
+    gradients: how they come about, "" where that was not tried.
+    """
 
     sizes: Sizes
     num_grads: int
@@ -66,6 +70,7 @@ class Plan:
     storage: Storage = ONE_GROUP
     largest_block: int | None = None
     notes: tuple[str, ...] = ()
+    gradients: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -110,12 +115,16 @@ class Plan:
             head += f"\n{self.storage}"
         free = "unknown" if self.free is None else format_bytes(self.free)
         foot = f"free on {self.device}: {free}" if self.fits else self.refusal
-        return "\n".join([head, align(rows), foot, *(f"note: {note}" for note in self.notes)])
+        how = [f"gradients: {self.gradients}"] if self.gradients else []
+        return "\n".join([head, align(rows), foot, *how, *(f"note: {note}" for note in self.notes)])
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers that cost follows from: d, K, B, whether one block holds everything, bytes of one number."""
+    """The numbers that cost follows from: d, K, B, whether one block holds everything, bytes of one number.
+
+    row_itemsize: bytes of one number of a gradient, 0 for the same.
+    """
 
     num_weights: int
     num_blocks: int
@@ -123,6 +132,12 @@ class Sizes:
     single_block: bool
     itemsize: int
     factors: int = 0  # bytes of Kronecker factors
+    row_itemsize: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one gradient where gradients are collected."""
+        return self.num_weights * (self.row_itemsize or self.itemsize)
 
     @classmethod
     def of(cls, layout: BlockLayout, itemsize: int) -> Sizes:
@@ -139,7 +154,7 @@ class Sizes:
             return self.factors, self.factors + 8 * self.num_weights
         if self.form(num_grads) == "dual":
             # the gradients are stored once; the factor is float64
-            stored = num_grads * self.num_weights * self.itemsize
+            stored = num_grads * self.row_bytes
             return stored, stored + 8 * self.num_blocks * num_grads**2
         # accumulated in float64, and emptied group by group as the inverse fills
         padded = self.num_blocks * self.block_size**2
@@ -175,14 +190,17 @@ class Sizes:
             return {"select": vectors}
         if settings.num_recomputations != 0:
             vectors += 2 * INDEX_BYTES * self.num_weights
-        row = self.num_weights * self.itemsize
+        row = self.row_bytes
         rows, micro = chunks(row, num_rows, limit, activation)
-        buffer = (2 + rows) * row + samples  # the weights, the dead ones, and the rows handed over
+        # the weights, the dead ones, and the rows handed over
+        buffer = 2 * self.num_weights * self.itemsize + rows * row + samples
         fisher, inverse = (math.ceil(self.part(parts) * n) for n in self.fisher_bytes(num_rows))
         if settings.chosen_update == "greedy":
             vectors += 4 * 8 * self.num_weights  # order, losses, and saliencies in order
         return {
-            "gradients": buffer + fisher + micro * (row + ACTIVATION_FACTOR * activation),
+            "gradients": buffer
+            + fisher
+            + micro * (max(row, self.num_weights * self.itemsize) + ACTIVATION_FACTOR * activation),
             "fisher": buffer + fisher,
             "inverse": buffer + inverse,
             "select and update": vectors + inverse,
@@ -227,6 +245,9 @@ def byte_plan(
         num_rows = max(num_rows, layout.block_size)  # its blocks are always there as such
     wide = any(parameter.dtype == torch.float64 for parameter in targets.parameters.values())
     sizes = Sizes.of(layout, 8 if wide or settings.method == "hessian" else 4)
+    narrow = GRAD_DTYPES[settings.grad_dtype]
+    if narrow is not None:
+        sizes = replace(sizes, row_itemsize=narrow.itemsize)
     if settings.method == "kfac":
         sides = [(len(p), p.numel() // len(p)) for p in targets.parameters.values()]
         # both factors, their eigenvectors, and scratch for making those
@@ -516,6 +537,7 @@ def plan(
     max_layer_sparsity: float | Mapping[str, float] = 1.0,
     fisher_average: float = 0.0,
     fishleg: FishLeg | Mapping[str, Any] | None = None,
+    grad_dtype: str = "auto",
     seed: int = 0,
     memory_limit: int | str | None = None,
     process_group: Any = None,
@@ -558,6 +580,7 @@ def _planned(
     seconds: dict[str, float] = {}
     price = GradientCost(0.0, 0, 0, 1)
     notes: tuple[str, ...] = ()
+    how = ""
     timed = data is not None and not isinstance(data, Iterator)
     if data is None or not timed:
         notes = ("The gradients were not timed: the data can be read only once, or there is none.",)
@@ -570,13 +593,12 @@ def _planned(
                 grad_batch_size=settings.grad_batch_size,
                 fisher_type=settings.fisher_type,
             )
-            row = layout.num_weights * rough.sizes.itemsize
+            row = rough.sizes.row_bytes
             price = _gradient_cost(data, objective, settings, limit, row)
             seconds["gradients"] = price.seconds * len(steps) / ranks
-            if objective.why_loop is not None:
-                notes = (
-                    f"Samples are differentiated one at a time: vmap cannot trace the model ({objective.why_loop}).",
-                )
+            how = _counted(objective.explain().values())
+            if objective.fallbacks is not None:
+                notes = (objective.fallbacks,)
     # every step differentiates the whole network, and works on the blocks of the weights that are left
     work = sum(1 - sparsity for sparsity in [before, *steps[:-1]]) / ranks
     num_rows = settings.num_grads * price.rows_per_grad
@@ -609,7 +631,12 @@ def _planned(
         seconds = {phase: time * factors.get(phase, 1) for phase, time in seconds.items()}
         seconds["offload"] = storage.seconds * work
     phases = tuple(replace(phase, seconds=seconds.get(phase.name)) for phase in final.phases)
-    return replace(final, phases=phases, notes=notes)
+    return replace(final, phases=phases, notes=notes, gradients=how)
+
+
+def _counted(words: Iterable[str]) -> str:
+    """Each of the words once, with how often it came."""
+    return "; ".join(f"{count} x {word}" for word, count in Counter(words).most_common())
 
 
 def layout_of(targets: Targets, settings: Settings) -> BlockLayout:

@@ -158,10 +158,9 @@ def _fill_gradients(report: Report, settings: Settings, outcome: Outcome, object
                 f"{summary.num_non_finite} of {summary.num_finite + summary.num_non_finite} gradients were non-finite "
                 f"(first: {summary.first_non_finite}){used}."
             )
-    if objective.why_loop is not None:
-        report.notes.append(
-            f"Samples were differentiated one at a time: vmap cannot trace the model ({objective.why_loop})."
-        )
+    rows = isinstance(first, GradientStream) or objective.why_loop is not None
+    if rows and objective.fallbacks is not None:
+        report.notes.append(objective.fallbacks)
     if first.unreached:
         report.notes.append(
             f"No gradient reached {', '.join(first.unreached)}: ranked by damping times weight squared."
@@ -193,6 +192,7 @@ def prune(
     max_layer_sparsity: float | Mapping[str, float] = 1.0,
     fisher_average: float = 0.0,
     fishleg: FishLeg | Mapping[str, Any] | None = None,
+    grad_dtype: str = "auto",
     seed: int = 0,
     progress: Progress | bool | None = None,
     memory_limit: int | str | None = None,
@@ -235,6 +235,9 @@ def prune(
         sparsity, and for the pruned model; always in eval mode.
     fisher_average: β, the share of the estimates before in F ← β F + (1 − β) F_new, for "woodfisher".
     fishleg: options of method="fishleg", a mapping or `FishLeg`.
+    grad_dtype: of the gradients on their way into the estimate: "auto" (float32, float64 where a weight is), "float32",
+        "bfloat16" or "float16", which take half the memory; what they overflow or lose altogether counts as not finite.
+        For "woodfisher", "woodtaylor" and "diagonal".
     seed: of torch's generators while this function runs; their state is restored.
     progress: None for a line with phase and remaining time on a terminal, True for one anywhere, False for none; or a
         function: progress(phase, done, total) is called after every piece of gradients.

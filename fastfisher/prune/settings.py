@@ -13,6 +13,7 @@ from typing import Any
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.fishleg import AUX, DRAWS, PARAMETERIZATIONS, PRODUCTS, TILE
+from fastfisher.fisher.gradients import GRAD_DTYPES
 from fastfisher.fisher.likelihood import FISHER_TYPES
 from fastfisher.prune.patterns import Pattern
 
@@ -42,6 +43,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "update": ("auto", "sum", "joint", "greedy", None),
     "fisher_type": FISHER_TYPES,
     "cost": ("params", "flops"),
+    "grad_dtype": tuple(GRAD_DTYPES),
 }
 # Their estimate is a sum of outer products of gradients.
 FROM_GRADIENTS = ("woodfisher", "woodtaylor", "fishleg", "diagonal")
@@ -138,6 +140,7 @@ class Settings:
     max_layer_sparsity: float | Mapping[str, float] = 1.0
     fisher_average: float = 0.0
     fishleg: FishLeg | Mapping[str, Any] | None = None
+    grad_dtype: str = "auto"
     on_the_way: bool = False
 
     @classmethod
@@ -200,6 +203,11 @@ class Settings:
             raise FastFisherError(
                 f"fisher_average goes with method='woodfisher' in blocks; got method={self.method!r} with "
                 f"block_size={self.block_size!r}"
+            )
+        if self.grad_dtype != "auto" and self.method not in ("woodfisher", "woodtaylor", "diagonal"):
+            raise FastFisherError(
+                f"grad_dtype goes with method 'woodfisher', 'woodtaylor' or 'diagonal'; got method={self.method!r} "
+                f"with grad_dtype={self.grad_dtype!r}"
             )
         if self.options.product == "antithetic" and self.fisher_type == "exact":
             raise FastFisherError(

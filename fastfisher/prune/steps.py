@@ -252,6 +252,7 @@ class Run:
                         layout,
                         num_grads=self.num_grads if self.shared else self.settings.num_grads,
                         memory_limit=limit,
+                        dtype=self.settings.grad_dtype,
                         keep_samples=self.storage.groups > 1 and self.storage.gradients == "recomputed",
                     )
                 else:

@@ -463,3 +463,26 @@ def test_the_model_is_left_as_it_was_and_no_hook_stays() -> None:
         inverse_of(model, names, inputs, torch.full((6,), 7))
     assert_same(before, picture(model))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_layer_over_tokens_whose_output_is_overwritten() -> None:
+    """Its output is a view there, which leaves the graph when it is written into; its gradient must not go with it."""
+    x, y = torch.randn(5, 6, 4), torch.randint(2, (5,))
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+
+        class Tokens(nn.Module):
+            def __init__(self, inplace: bool) -> None:
+                super().__init__()
+                self.a, self.relu, self.b = nn.Linear(4, 3), nn.ReLU(inplace), nn.Linear(3, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.b(self.relu(self.a(x)).mean(1))
+
+        objective = Objective(Tokens(inplace), ["a.weight"])
+        factors, _ = kfac_factors(objective, groups(x, y), ["a.weight"])
+        found.append(factors["a.weight"])
+    for with_copy, in_place in zip(*found, strict=True):
+        assert float(in_place.norm()) > 0
+        torch.testing.assert_close(in_place, with_copy)
