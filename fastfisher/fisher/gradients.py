@@ -784,9 +784,11 @@ def _told(error: Exception) -> str:
 def _norms(rows: Tensor) -> Tensor:
     """‖g‖ of every row in float64; torch makes a float64 copy for that, here of a few rows at a time."""
     at_once = max(1, NORM_NUMBERS // rows.shape[1])
-    return torch.cat(
-        [torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in rows.split(at_once)]
-    )
+    norms = rows.new_empty(len(rows), dtype=torch.float64)
+    # results of their own would lie in the holes that the copies leave, and each copy would take new memory
+    for part, out in zip(rows.split(at_once), norms.split(at_once), strict=True):
+        torch.linalg.vector_norm(part, dim=1, dtype=torch.float64, out=out)
+    return norms
 
 
 def _put(found: tuple[dict[str, Tensor], Tensor], rows: Rows) -> Tensor:

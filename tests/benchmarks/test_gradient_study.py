@@ -34,6 +34,7 @@ def test_a_wrong_result_passes_no_bar() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only")
-def test_the_peak_is_within_what_is_allowed_for() -> None:
-    found = gradients.apart("ResNet-20, 32 x 32", 48)
+@pytest.mark.parametrize("network", ["ResNet-20, 32 x 32", "MLP 784-500-500-10"])
+def test_the_peak_is_within_what_is_allowed_for(network: str) -> None:
+    found = gradients.apart(network, 48)
     assert found["rows_bytes"] < found["peak_bytes"] <= found["allowed_bytes"]
