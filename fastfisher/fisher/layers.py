@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from fastfisher.fisher.conv1d import is_conv1d
+
 # Patches unfolded at once on a GPU, in bytes: they are kernel-size times as large as the image they come from.
 PATCH_BYTES = 64 << 20
 
@@ -84,6 +86,11 @@ def _linear_weight(call: Call, g: Tensor, out: Tensor | None) -> Tensor:
     x = call.x.reshape(len(call.x), -1, call.x.shape[-1])  # [k, P, in]
     g = g.reshape(len(g), -1, g.shape[-1])  # [k, P, out]
     return _product(g.mT, x, out)
+
+
+def _transposed_weight(call: Call, g: Tensor, out: Tensor | None) -> Tensor:
+    x = call.x.reshape(len(call.x), -1, call.x.shape[-1])  # [k, P, in]
+    return _product(x.mT, g.reshape(len(g), -1, g.shape[-1]), out)
 
 
 def _linear_bias(call: Call, g: Tensor, out: Tensor | None) -> Tensor:
@@ -323,10 +330,19 @@ RULES: dict[Any, Rule] = {
 }
 
 
+# GPT-2's linear layer, with a weight [in, out]; its class is known where transformers is imported.
+_CONV1D = Rule(
+    {"weight": _transposed_weight, "bias": _linear_bias},
+    lambda layer, key, device: f"linear: {'sum' if key == 'bias' else 'batched product'}",
+)
+
+
 def rule_of(module: nn.Module, key: str) -> tuple[Rule | None, str]:
     """The rule of a weight, or None and why there is none."""
     kind = type(module).__name__
-    rule = None if "forward" in vars(module) else RULES.get(type(module).forward)
+    rule = _CONV1D if is_conv1d(module) else RULES.get(type(module).forward)
+    if "forward" in vars(module):
+        rule = None
     if rule is None or key not in rule.rows:
         return None, f"{kind} has no rule"
     if module._parameters[key].is_complex():  # type: ignore[union-attr]
