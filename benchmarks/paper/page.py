@@ -69,6 +69,8 @@ def section(folder: Path, record: dict[str, Any], link: str) -> str:
     ]
     if dense:
         lines.append("Dense: " + ", ".join(f"{value:.2f}" for value in dense) + " %.")
+    if "note" in record:
+        lines.append(record["note"])
     lines.append(
         f"`{record['command']}`: {seconds:,.0f} s on {machine['cpu']}, {machine['cores']} cores, "
         f"torch {machine['torch']}, commit {record['commit']}, {record['date']}."

@@ -460,7 +460,7 @@ def test_no_prediction_of_the_transformer_sees_what_follows() -> None:
     text = torch.randint(5, (17,))
     expected = torch.nn.functional.cross_entropy(model(text[:16].view(2, 8)), text[1:].view(2, 8)) / np.log(2)
     accuracy, bits = char_transformer.scores(model, text, 8)
-    assert bits == pytest.approx(float(expected))
+    assert bits == pytest.approx(expected.item())
     assert accuracy in [100 * n / 16 for n in range(17)]
 
 
