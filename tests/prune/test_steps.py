@@ -228,3 +228,33 @@ def test_centered_goes_with_woodtaylor_alone() -> None:
         FastFisherError, match="centered=True goes with method='woodtaylor'; got method='diagonal'"
     ):
         run(classifier(), method="diagonal", centered=True)
+
+
+def test_the_step_along_the_gradient_is_no_longer_than_the_loss_allows() -> None:
+    """A gradient that is the mean over 64 places has 1/64 of the curvature as its second moment, at most."""
+    torch.manual_seed(0)
+
+    class Places(nn.Module):
+        """x [n, P, 8] -> logits [n, 4, P]."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).transpose(1, 2)
+
+    teacher, model = Places(), Places()
+    x = torch.randn(256, 64, 8)
+    y = torch.distributions.Categorical(logits=3 * teacher(x).transpose(1, 2)).sample()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    report = ff.prune(
+        model, [(x, y)], sparsity=0.02, method="woodtaylor", num_grads=256, num_recomputations=2, damping=0.01
+    )
+    first, *later = (step.loss_before for step in report.steps)
+    assert max(later) < first + 0.01
+    assert F.cross_entropy(model(x), y).item() < first + 0.01
