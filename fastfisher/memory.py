@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastfisher.errors import FastFisherError
 
@@ -39,6 +41,39 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """The most bytes that the tensors made in a call take at once, on any device; what kernels take inside is not seen.
+
+    They are counted operator by operator, so that the call takes longer.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    alive: dict[int, int] = {}
+    most = 0
+
+    def storages(tree: Any) -> dict[int, Any]:
+        found = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+        return {storage._cdata: storage for storage in found}
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            given = storages((args, kwargs))
+            result = func(*args, **(kwargs or {}))
+            for key, storage in storages(result).items():
+                if key not in given and key not in alive:
+                    alive[key] = storage.nbytes()
+                    weakref.finalize(storage, alive.pop, key, None)
+            most = max(most, sum(alive.values()))
+            return result
+
+    with Counting():
+        run()
+    return most
 
 
 def _cgroup_free() -> int | None:

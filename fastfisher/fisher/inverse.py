@@ -528,7 +528,7 @@ class FisherAccumulator:
         if self._damping_mode == "relative":
             self._squares = self._squares + sum_of_squares(grads)
         if self._wants_mean:
-            total = grads.sum(dim=0, dtype=torch.float64)
+            total = column_sums(grads)
             self._sum = total if self._sum is None else self._sum + total
         if self.form == "dual":
             self._states[0][self.count : self.count + grads.shape[0]] = grads
@@ -608,14 +608,20 @@ class FisherAccumulator:
         dtype = _parts.state_dtype(grads.dtype) if running else self._dtype
         size = self.layout.block_size
         blocks = self.layout.blocks.to(grads.device)
-        for first, last in _parts.groups(self.layout, dtype, grads.device):
-            state = empty_state((last - first, size, size), dtype, grads.device)
-            if running:
-                _parts.start_from_damping(state, self._damping)
-            else:
-                zero_state(state)
-            self._states.append(state)
-            self._blocks.append(blocks[first:last])
+        ranges = list(_parts.groups(self.layout, dtype, grads.device))
+        together = _parts.SLAB.get(grads.device.type, 1)
+        for i in range(0, len(ranges), together):
+            some = ranges[i : i + together]
+            begin = some[0][0]
+            slab = empty_state((some[-1][1] - begin, size, size), dtype, grads.device)
+            for first, last in some:
+                state = slab[first - begin : last - begin]
+                if running:
+                    _parts.start_from_damping(state, self._damping)
+                else:
+                    zero_state(state)
+                self._states.append(state)
+                self._blocks.append(blocks[first:last])
         if running:
             self._probe = _parts.Probe(self.layout, grads.device)
 
@@ -654,6 +660,11 @@ def sum_of_squares(grads: Tensor) -> Tensor:
         # cumsum adds one by one; a plain sum would be cut into as many pieces as there are threads
         total += squares.sum(dim=0).cumsum(dim=0)[-1]
     return total
+
+
+def column_sums(grads: Tensor) -> Tensor:
+    """Σ g in float64 [d], a few columns at a time.   grads: [k, d]."""
+    return torch.cat([part.double().sum(dim=0) for part in grads.split(16 * _TILE, dim=1)])
 
 
 def mean_diagonal(grads: Tensor) -> float:

@@ -29,6 +29,10 @@ LARGEST_MENDED_BLOCK = 4096  # a dual block of more weights than this is not wor
 # States are filled and inverted in groups of this size: on a CPU a group stays in cache, on a GPU it fills the machine
 # and bounds what a group needs beside it.
 GROUP_BYTES = {"cpu": 4 << 20, "cuda": 1 << 30}
+# Groups that are allocated as one: pieces below 32 MiB stay with the C library when they are freed.
+SLAB = {"cpu": 16, "cuda": 1}
+# Of one of the four float64 copies that removal losses take.
+LOSS_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 
 LAZY_MEMORY = ("cpu",)  # devices on which memory that was never written takes none
 
@@ -74,6 +78,11 @@ def groups(layout: BlockLayout, dtype: torch.dtype, device: torch.device) -> Ite
     size = blocks_per_group(layout, dtype, device)
     for first in range(0, layout.num_blocks, size):
         yield first, min(first + size, layout.num_blocks)
+
+
+def slab_bytes(device: torch.device) -> int:
+    """Bytes of a Fisher in float64 that are freed together while it is inverted."""
+    return GROUP_BYTES.get(device.type, GROUP_BYTES["cpu"]) * SLAB.get(device.type, 1)
 
 
 def block_ids(first: int, last: int) -> Tensor:
@@ -442,7 +451,7 @@ def group_blocks(part: Part, size: int, damping: float) -> Iterator[tuple[Tensor
 def primal_losses(part: Part, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """½ w_Qᵀ (F⁻¹[Q, Q])⁻¹ w_Q of each block of a primal part, float64 [K], and where F⁻¹[Q, Q] is not definite."""
     size = part.state.shape[1]
-    at_once = max(1, GROUP_COLUMNS**2 // size**2)  # blocks
+    at_once = max(1, LOSS_BYTES.get(part.state.device.type, LOSS_BYTES["cpu"]) // (8 * size**2))  # blocks
     losses, failed = [], []
     for chunk in range(0, len(part.blocks), at_once):
         blocks = part.blocks[chunk : chunk + at_once]

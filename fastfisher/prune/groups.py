@@ -21,7 +21,13 @@ from torch import Tensor
 from fastfisher.fisher import offload
 from fastfisher.fisher.blocks import BlockLayout, PartLayout
 from fastfisher.fisher.gradients import GradientStream
-from fastfisher.fisher.inverse import FisherAccumulator, FisherInverse, absolute_damping, choose_form
+from fastfisher.fisher.inverse import (
+    FisherAccumulator,
+    FisherInverse,
+    absolute_damping,
+    choose_form,
+    column_sums,
+)
 from fastfisher.fisher.parts import Part
 from fastfisher.memory import format_bytes
 from fastfisher.prune.ranks import Ranks
@@ -219,6 +225,7 @@ class GroupedInverse:
                     if part is not None:
                         accumulator = accumulator or self._accumulator(part)
                         accumulator.add(rows)
+                del rows  # they are views of the buffer that the gradients came in
             if first:
                 self._learn_all()
         with self.ranks.together("the inverse"), self._enter("inverse"):
@@ -237,7 +244,7 @@ class GroupedInverse:
         """All gradients of this process as they come, of the whole layout."""
         for piece in self._timed(iter(self.stream)):
             if self.settings.centered and not self._alone:
-                total = piece.sum(dim=0, dtype=torch.float64)
+                total = column_sums(piece)
                 self._total = total if self._total is None else self._total + total
             yield piece
             self._advance(self.stream.num_finite)

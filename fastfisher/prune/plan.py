@@ -21,11 +21,23 @@ from fastfisher.errors import DoesNotFitError, FastFisherError
 from fastfisher.fisher import offload
 from fastfisher.fisher.batches import SampleReader
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.gradients import ACTIVATION_FACTOR, GRAD_DTYPES, LossFn, Objective, chunks, untouched
+from fastfisher.fisher.gradients import (
+    ACTIVATION_FACTOR,
+    COLUMNS,
+    GRAD_DTYPES,
+    KEPT_GRADS,
+    GradientStream,
+    LossFn,
+    Objective,
+    chunks,
+    untouched,
+)
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
 from fastfisher.fisher.kronecker import tile_side
+from fastfisher.fisher.parts import slab_bytes
 from fastfisher.fisher.sharded import gathered
-from fastfisher.memory import format_bytes, free_bytes, parse_bytes
+from fastfisher.memory import format_bytes, free_bytes, parse_bytes, peak_of
+from fastfisher.prune import saliency
 from fastfisher.prune.groups import ONE_GROUP, Storage, shares_blocks
 from fastfisher.prune.masks import unwrapped
 from fastfisher.prune.ranks import Ranks, group_of
@@ -33,6 +45,7 @@ from fastfisher.prune.select import keep_mask
 from fastfisher.prune.settings import DATA_FREE, FROM_GRADIENTS, FishLeg, Settings
 from fastfisher.prune.surgeon import BATCH_BYTES
 from fastfisher.prune.targets import Targets, find_targets
+from fastfisher.prune.update import updated
 from fastfisher.report import align
 
 # Micro-batches may use this much beside the Fisher, and less where less is free.
@@ -42,7 +55,15 @@ FLAT_VECTORS = 8
 # Of where a weight is that is left, after the first step.
 INDEX_BYTES = 8
 # Multiply-adds of one calibration run.
-CALIBRATION = 1e8
+CALIBRATION = 1e9
+# Of the gradients in it, were they float64.
+CALIBRATION_BYTES = 128 << 20
+# Of memory written for the first time, to see how long that takes: too many for what the C library keeps.
+NEW_BYTES = 64 << 20
+# Scratch of matrix products, and memory that is free and not given back (measured 34 to 66 MB on seven runs).
+KEPT_BY_LIBRARIES = 48 << 20
+# A forward, in gradients of the same samples.
+FORWARD = 0.3
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,11 @@ class Plan:
     def peak_bytes(self) -> int:
         """Bytes the run needs beyond the model: those of the largest phase."""
         return max(phase.bytes for phase in self.phases)
+
+    @property
+    def resident_bytes(self) -> int:
+        """The same and what the C library and matrix products keep beside on a CPU: how much a process grows."""
+        return self.peak_bytes + (KEPT_BY_LIBRARIES if self.device == "cpu" else 0)
 
     @property
     def seconds(self) -> float | None:
@@ -179,10 +205,14 @@ class Sizes:
         *,
         parts: int = 1,
         samples: int = 0,
+        scratch: int | None = None,
+        slab: int = 0,
     ) -> dict[str, int]:
         """Bytes per phase when the gradients may take `limit`, and a sample's activations take `activation`.
 
         parts: into which the blocks are cut, of which one is at hand.   samples: bytes of those that are kept.
+        scratch: measured bytes of a micro-batch, in place of what `chunks` takes for safe.   slab: bytes by which the
+        inverse is ahead of the Fisher that it takes the place of.
         """
         num_rows = settings.num_grads * rows_per_grad
         vectors = FLAT_VECTORS * self.num_weights * self.itemsize
@@ -192,17 +222,26 @@ class Sizes:
             vectors += 2 * INDEX_BYTES * self.num_weights
         row = self.row_bytes
         rows, micro = chunks(row, num_rows, limit, activation)
-        # the weights, the dead ones, and the rows handed over
-        buffer = 2 * self.num_weights * self.itemsize + rows * row + samples
+        # the weights, the dead ones, samples that stay
+        base = (2 * self.itemsize + 1) * self.num_weights + samples
+        if settings.num_recomputations != 0:
+            base += INDEX_BYTES * self.num_weights
+        buffer = rows * row  # which are handed over at once
         fisher, inverse = (math.ceil(self.part(parts) * n) for n in self.fisher_bytes(num_rows))
+        arriving = 0
+        if settings.method == "woodtaylor":
+            arriving = 8 * (min(self.num_weights, COLUMNS) * rows + 2 * self.num_weights)  # sums in float64
+        if scratch is None:
+            scratch = micro * (max(row, self.num_weights * self.itemsize) + ACTIVATION_FACTOR * activation)
+        ahead = fisher  # of the inverse, while the Fisher goes
+        if self.form(num_rows) != "dual" and not self.factors:
+            ahead += min(inverse, slab)
         if settings.chosen_update == "greedy":
             vectors += 4 * 8 * self.num_weights  # order, losses, and saliencies in order
         return {
-            "gradients": buffer
-            + fisher
-            + micro * (max(row, self.num_weights * self.itemsize) + ACTIVATION_FACTOR * activation),
-            "fisher": buffer + fisher,
-            "inverse": buffer + inverse,
+            "gradients": base + buffer + fisher + scratch,
+            "fisher": base + buffer + fisher + arriving,
+            "inverse": base + max(ahead, inverse),
             "select and update": vectors + inverse,
         }
 
@@ -232,12 +271,14 @@ def byte_plan(
     *,
     ranks: int = 1,
     samples: int = 0,
+    scratch: int | None = None,
 ) -> tuple[Plan, int]:
     """The plan without seconds, and the bytes that the gradients may take beside the Fisher.
 
     activation: bytes of one sample's activations, 0 where they are not known.   rows_per_grad: outer products that a
     sample gives, more than 1 for fisher_type "exact".   ranks: processes that share the blocks.
     samples: bytes of those that stay to recompute gradients from, with more than one group.
+    scratch: measured bytes that a micro-batch takes, None where it was not.
     The blocks are worked on in as few groups as fit; where even groups of one block do not, the plan says so.
     """
     num_rows = settings.num_grads * rows_per_grad
@@ -265,7 +306,16 @@ def byte_plan(
         if free is not None and settings.method not in DATA_FREE:
             fisher = math.ceil(sizes.part(parts) * max(sizes.fisher_bytes(num_rows)))
             limit = max(1, min(limit, free - fisher - 2 * row - kept))
-        phases = sizes.phase_bytes(settings, limit, activation, rows_per_grad, parts=parts, samples=kept)
+        phases = sizes.phase_bytes(
+            settings,
+            limit,
+            activation,
+            rows_per_grad,
+            parts=parts,
+            samples=kept,
+            scratch=scratch,
+            slab=slab_bytes(targets.device) * sizes.itemsize // 8,
+        )
         return Plan(
             sizes=sizes,
             num_grads=settings.num_grads,
@@ -321,8 +371,8 @@ def choose_storage(
     samples: bytes that must stay in CPU memory to recompute gradients from.
     Raises DoesNotFitError where there is room for nothing that would do.
     """
-    rows_bytes = num_rows * sizes.num_weights * sizes.itemsize // ranks
-    state_bytes = num_rows * sizes.num_weights * sizes.itemsize + 8 * sizes.num_blocks * num_rows**2
+    rows_bytes = num_rows * sizes.row_bytes // ranks
+    state_bytes = num_rows * sizes.row_bytes + 8 * sizes.num_blocks * num_rows**2
     if sizes.form(num_rows) != "dual":
         state_bytes = sizes.num_blocks * sizes.block_size**2 * sizes.itemsize
     state_bytes //= ranks
@@ -391,10 +441,11 @@ def storage_for(
     device, gradients, samples, each = objective.device, None, 0, 1
     if data is not None and not isinstance(data, Iterator):
         with untouched(model, settings.seed):
-            cost = _gradient_cost(data, objective, settings, limit, layout.num_weights * sizes.itemsize)
+            cost = _gradient_cost(data, objective, settings, limit, layout)
         gradients, samples, each = cost.seconds, cost.samples, cost.rows_per_grad
     num_rows = settings.num_grads * each
-    seconds = _fisher_seconds(sizes, settings, device, num_rows)
+    rows, _ = chunks(sizes.row_bytes, num_rows, limit)
+    seconds = _fisher_seconds(sizes, settings, device, num_rows, rows)
     return choose_storage(
         sizes,
         settings,
@@ -436,15 +487,20 @@ def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _fisher_seconds(
-    sizes: Sizes, settings: Settings, device: torch.device, num_grads: int
+    sizes: Sizes, settings: Settings, device: torch.device, num_grads: int, rows: int
 ) -> dict[str, float]:
-    """Seconds of every phase after the gradients, from a problem of the same form that is small enough to try."""
+    """Seconds of every phase after the gradients, from a problem of the same form that is small enough to try.
+
+    rows: gradients that come at once.
+    """
     if sizes.form(num_grads) == "dual":
         m, b = min(num_grads, 256), min(sizes.block_size, 4096)
     else:
         m, b = min(num_grads, 256), min(sizes.block_size, 256)
     one = replace(sizes, num_blocks=1, block_size=b, num_weights=b)
-    count = int(max(1, min(sizes.num_blocks, CALIBRATION // one.operations(m))))
+    count = int(
+        max(1, min(sizes.num_blocks, CALIBRATION // one.operations(m), CALIBRATION_BYTES // (m * b * 8)))
+    )
     if sizes.single_block:
         count = 1
     small = replace(one, num_blocks=count, num_weights=count * b)
@@ -457,42 +513,70 @@ def _fisher_seconds(
 
     def fill() -> FisherAccumulator:
         # a damping of the size of the gradients: no block needs mending
-        accumulator = FisherAccumulator(layout, num_grads=m, damping=1.0)
-        accumulator.add(grads)
+        accumulator = FisherAccumulator(
+            layout,
+            num_grads=m,
+            damping=1.0,
+            damping_mode=settings.damping_mode,
+            mean=settings.method == "woodtaylor",
+        )
+        for piece in grads.split(rows):
+            accumulator.add(piece)
         return accumulator
 
     def choose() -> Tensor:
-        mask = keep_mask(finv.saliency(weight), weight == 0, int(settings.sparsity * len(weight)))
-        update = settings.applied_update
-        return (
-            torch.where(mask, weight, 0) if update is None else finv.prune_update(weight, mask, update=update)
-        )
+        greedy = settings.chosen_update == "greedy" and settings.rule.size == 1
+        scores = saliency.greedy(weight, finv, settings.rule) if greedy else finv.saliency(weight)
+        mask = keep_mask(scores, weight == 0, int(settings.sparsity * len(weight)))
+        if greedy:
+            mask = saliency.no_worse(mask, weight, finv)
+        return updated(weight, mask, finv, settings.applied_update)
 
     added, _ = _timed(fill)
     both, finv = _timed(lambda: fill().finish())
     chosen, _ = _timed(choose)
-    more = scale if settings.applied_update == "joint" else sizes.num_weights / small.num_weights
+    by_block = settings.applied_update == "joint" and sizes.form(num_grads) != "dual"
+    more = sizes.num_blocks * sizes.block_size**3 / (count * b**3) if by_block else 1.0
+    fresh = _seconds_per_new_byte(device)
+    fisher, inverse = sizes.fisher_bytes(num_grads)
     return {
-        "fisher": added * scale,
-        "inverse": max(both - added, 0.0) * scale,
-        "select and update": chosen * more,
+        "fisher": added * scale + fresh * fisher,
+        "inverse": max(both - added, 0.0) * scale + fresh * inverse / 2,
+        "select and update": chosen * max(more, sizes.num_weights / small.num_weights),
     }
+
+
+def _seconds_per_new_byte(device: torch.device) -> float:
+    """What the first write into memory takes more than the second: pages must be found and cleared."""
+    if device.type != "cpu":
+        return 0.0
+    start = time.perf_counter()
+    memory = torch.empty(NEW_BYTES, dtype=torch.uint8).zero_()
+    once = time.perf_counter()
+    memory.zero_()
+    return max(0.0, 2 * once - start - time.perf_counter()) / NEW_BYTES
 
 
 @dataclass(frozen=True)
 class GradientCost:
-    """Of all gradients of one step: seconds, bytes of the samples; of one: bytes of activations, rows."""
+    """Of all gradients of one step: seconds, bytes of the samples; of one: bytes of activations, rows.
+
+    scratch: bytes of all tensors beside the rows while a micro-batch is differentiated, None where it was not measured.
+    """
 
     seconds: float
     samples: int
     activation: int
     rows_per_grad: int
+    scratch: int | None = None
 
 
 def _gradient_cost(
-    data: Iterable[Any], objective: Objective, settings: Settings, limit: int, row: int
+    data: Iterable[Any], objective: Objective, settings: Settings, limit: int, layout: BlockLayout
 ) -> GradientCost:
-    """Measured on the loader's first samples.   row: bytes of one gradient."""
+    """Measured on the loader's first samples."""
+    stream = GradientStream(objective, data, layout, num_grads=1, dtype=settings.grad_dtype)
+    row = layout.num_weights * stream.dtype.itemsize
     reader = SampleReader(data, objective.device)
     per_sample = settings.grad_batch_size == 1
     samples = reader.peek() if per_sample else reader.take(settings.grad_batch_size, exactly=False)
@@ -503,14 +587,29 @@ def _gradient_cost(
         raise FastFisherError(f"num_grads={settings.num_grads} but the loader yields 0 samples.")
     if not per_sample:  # of a loader shorter than one mini-batch, the rest is like what there is
         activation = activation * settings.grad_batch_size // len(samples)
-    seconds, _ = _timed(lambda: objective.gradients(samples))
+    scratch, each = None, objective.rows_per_sample(samples.narrow(0, 1))
+    if settings.fisher_type == "exact" or len(samples) < settings.grad_batch_size:
+        seconds, _ = _timed(lambda: objective.gradients(samples))
+    else:
+        few, batch = len(samples) if per_sample else 1, [samples.batch()]
+
+        def gradients() -> None:
+            again = GradientStream(
+                objective, batch, layout, num_grads=few, memory_limit=limit, dtype=settings.grad_dtype
+            )
+            for _ in again:
+                pass
+
+        seconds, _ = _timed(gradients)
+    if settings.fisher_type != "exact":
+        out = torch.empty(
+            len(samples) if per_sample else 1, layout.num_weights, dtype=stream.dtype, device=objective.device
+        )
+        scratch = peak_of(lambda: stream.differentiate(samples, out))
+        if not per_sample:
+            scratch = scratch * settings.grad_batch_size // len(samples)
     times = settings.num_grads * settings.grad_batch_size / len(samples)
-    return GradientCost(
-        seconds * times,
-        int(samples.nbytes * times),
-        activation,
-        objective.rows_per_sample(samples.narrow(0, 1)),
-    )
+    return GradientCost(seconds * times, int(samples.nbytes * times), activation, each, scratch)
 
 
 def plan(
@@ -593,8 +692,7 @@ def _planned(
                 grad_batch_size=settings.grad_batch_size,
                 fisher_type=settings.fisher_type,
             )
-            row = rough.sizes.row_bytes
-            price = _gradient_cost(data, objective, settings, limit, row)
+            price = _gradient_cost(data, objective, settings, limit, layout)
             seconds["gradients"] = price.seconds * len(steps) / ranks
             how = _counted(objective.explain().values())
             if objective.fallbacks is not None:
@@ -602,7 +700,8 @@ def _planned(
     # every step differentiates the whole network, and works on the blocks of the weights that are left
     work = sum(1 - sparsity for sparsity in [before, *steps[:-1]]) / ranks
     num_rows = settings.num_grads * price.rows_per_grad
-    once_each = _fisher_seconds(rough.sizes, settings, found.device, num_rows)
+    rows, _ = chunks(rough.sizes.row_bytes, num_rows, limit, price.activation)
+    once_each = _fisher_seconds(rough.sizes, settings, found.device, num_rows, rows)
     seconds |= {phase: time * work for phase, time in once_each.items()}
     final, _ = byte_plan(
         layout,
@@ -613,6 +712,7 @@ def _planned(
         price.rows_per_grad,
         ranks=ranks,
         samples=price.samples // ranks,
+        scratch=price.scratch,
     )
     if final.fits and final.storage.groups > 1:
         storage = choose_storage(
@@ -630,6 +730,14 @@ def _planned(
         factors = {"gradients": storage.passes, "fisher": storage.builds, "inverse": storage.builds}
         seconds = {phase: time * factors.get(phase, 1) for phase, time in seconds.items()}
         seconds["offload"] = storage.seconds * work
+    if timed:
+        # the loss of the first samples before and after, and after a single step its second-order change
+        kept = price.seconds / ranks * min(1.0, KEPT_GRADS / settings.num_grads)
+        seconds["loss check"] = kept * (FORWARD + (len(steps) == 1))
+        final = replace(final, phases=(*final.phases, Phase("loss check", 0)))
+        if settings.method == "woodtaylor":
+            seconds["step length"] = kept * (1 + FORWARD) * len(steps)
+            final = replace(final, phases=(*final.phases, Phase("step length", 0)))
     phases = tuple(replace(phase, seconds=seconds.get(phase.name)) for phase in final.phases)
     return replace(final, phases=phases, notes=notes, gradients=how)
 

@@ -15,6 +15,8 @@ from fastfisher.prune.patterns import Pattern
 
 # Above every loss: what must stay.  Not the largest number, because `in_order` counts upwards from it.
 _STAYS = 1e300
+# Weights whose ranks are looked at together.
+_AT_ONCE = 1 << 20
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -53,14 +55,17 @@ def no_worse(mask: Tensor, weight: Tensor, finv: FisherInverse) -> Tensor:
 
     Taking the cheapest weight each time nearly always ends below what was cheapest at the outset, but is no guarantee.
     """
-    blocks = finv.layout.blocks.to(mask.device)
-    inside = padded(torch.ones_like(mask), blocks, finv.block_size, False)  # [K, B]
-    removed = inside & ~padded(mask, blocks, finv.block_size, True)
-    scores = padded(finv.saliency(weight), blocks, finv.block_size, torch.inf)
-    rank = scores.argsort(dim=1, stable=True).argsort(dim=1)
-    other = (rank >= removed.sum(dim=1, keepdim=True))[inside]
+    scores, other = finv.saliency(weight), torch.empty_like(mask)
+    for blocks in finv.layout.blocks.split(max(1, _AT_ONCE // finv.block_size)):
+        start, stop = int(blocks[0, 0]), int(blocks[-1, 1])
+        places = (blocks - start).to(mask.device)
+        inside = padded(torch.ones_like(mask[start:stop]), places, finv.block_size, False)  # [K, B]
+        removed = inside & ~padded(mask[start:stop], places, finv.block_size, True)
+        rank = padded(scores[start:stop], places, finv.block_size, torch.inf).argsort(dim=1, stable=True)
+        other[start:stop] = (rank.argsort(dim=1) >= removed.sum(dim=1, keepdim=True))[inside]
     cheaper = finv.removal_loss(weight, other) < finv.removal_loss(weight, mask)  # [K]
-    return torch.where(cheaper[:, None].expand_as(inside)[inside], other, mask)
+    lengths = (finv.layout.blocks[:, 1] - finv.layout.blocks[:, 0]).to(mask.device)
+    return torch.where(cheaper.to(mask.device).repeat_interleave(lengths), other, mask)
 
 
 def in_order(loss: Tensor, blocks: Tensor, block_size: int) -> Tensor:
@@ -69,10 +74,13 @@ def in_order(loss: Tensor, blocks: Tensor, block_size: int) -> Tensor:
     loss: [d] float64, not negative.   blocks: int64 [K, 2], which cover all d.
     """
     # as integers such numbers have the same order, and one more is the next number
-    step = torch.arange(block_size, device=loss.device)
-    rows = padded(loss.view(torch.int64), blocks, block_size, 0) - step  # [K, B]
-    rows = rows.cummax(dim=1).values + step
-    return rows[step < (blocks[:, 1] - blocks[:, 0])[:, None]].view(torch.float64)
+    step, found = torch.arange(block_size, device=loss.device), torch.empty_like(loss)
+    for some in blocks.split(max(1, _AT_ONCE // block_size)):
+        start, stop = int(some[0, 0]), int(some[-1, 1])
+        rows = padded(loss[start:stop].view(torch.int64), some - start, block_size, 0) - step  # [K, B]
+        rows = rows.cummax(dim=1).values + step
+        found[start:stop] = rows[step < (some[:, 1] - some[:, 0])[:, None]].view(torch.float64)
+    return found
 
 
 def newton_step(finv: FisherInverse) -> Tensor:

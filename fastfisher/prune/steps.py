@@ -336,6 +336,7 @@ class Run:
                 else:
                     scores = score.new_zeros(len(weight)) if scores is None else scores
                     scores[start:stop] = score
+                del some, score  # before the next group is made
         if scores is None:  # a process that owns no block
             scores = torch.zeros_like(weight)
         with self.clock("select"):
@@ -350,6 +351,7 @@ class Run:
                     if greedy and isinstance(some, FisherInverse):
                         kept = mask[start:stop] = saliency.no_worse(kept, weight[start:stop], some)
                     new[start:stop] = updated(weight[start:stop], kept, some, settings.applied_update)
+                    del some
         ranks.share(new, spans)
         ranks.share(mask, spans)
         found.new, found.mask = layout.scatter(new), layout.scatter(mask)
@@ -434,6 +436,7 @@ class Run:
                 assert isinstance(finv, FisherInverse)
                 assert finv.mean is not None
                 u[start:stop], mean[start:stop], damping = saliency.newton_step(finv), finv.mean, finv.damping
+                del finv
         ranks.share(u, spans)
         ranks.share(mean, spans)
         if layout.num_blocks == 1:

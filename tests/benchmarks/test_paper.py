@@ -365,7 +365,7 @@ def test_fishleg_and_its_rivals_end_at_the_same_sparsity(folder: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("few_steps")
-@pytest.mark.parametrize("network", ["lenet", pytest.param("resnet20", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("network", ["lenet"])
 def test_fishleg_runs_on_every_small_network(folder: Path, tmp_path: Path, network: str) -> None:
     arguments = f"{network} --samples 12 --num-grads 8 --stages 1 --epochs 1"
     curves, _ = _run(fishleg.main, folder, tmp_path, arguments)
