@@ -2,7 +2,7 @@
 
 One network is pruned by 1, 2 and 4 processes with one thread each, over gloo.  The bytes that each sends are counted at
 torch.distributed's calls and told for each weight, beside the fewest: a gradient leaves its process but for the share
-of the blocks that it owns, and a new weight goes to all others.  Writes results/ranks-<machine>.json and prints a table.
+of the blocks that it owns, and a new weight goes to all others.  Writes results/ranks-<machine>.json, prints a table.
 """
 
 from __future__ import annotations

@@ -141,6 +141,9 @@ class Plan:
             head += f"\n{self.storage}"
         free = "unknown" if self.free is None else format_bytes(self.free)
         foot = f"free on {self.device}: {free}" if self.fits else self.refusal
+        if self.fits and self.resident_bytes > self.peak_bytes and self.form != "none":
+            grows = format_bytes(self.resident_bytes)
+            foot += f"; with what libraries keep the process grows by about {grows}"
         how = [f"gradients: {self.gradients}"] if self.gradients else []
         return "\n".join([head, align(rows), foot, *how, *(f"note: {note}" for note in self.notes)])
 
