@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args(arguments)
-    sizes, width = ((1, 2), 24) if options.tiny else (PROCESSES, WIDTH)
+    sizes, width = ((2,), 24) if options.tiny else (PROCESSES, WIDTH)
     rows = [measure(size, width) for size in sizes]
     result = {
         "table": "ranks",

@@ -195,6 +195,11 @@ class Sizes:
             return self.num_blocks * (num_grads**2 * self.block_size + num_grads**3 / 3)
         return self.num_blocks * (num_grads * self.block_size**2 + self.block_size**3)
 
+    def base_bytes(self, settings: Settings) -> int:
+        """Bytes of what is there throughout: the weights, the dead ones, and from the second step on their places."""
+        places = INDEX_BYTES if settings.num_recomputations != 0 else 0
+        return (2 * self.itemsize + 1 + places) * self.num_weights
+
     def part(self, parts: int) -> float:
         """The largest share of the blocks that one of so many equal parts holds."""
         return -(-self.num_blocks // parts) / self.num_blocks
@@ -225,10 +230,7 @@ class Sizes:
             vectors += 2 * INDEX_BYTES * self.num_weights
         row = self.row_bytes
         rows, micro = chunks(row, num_rows, limit, activation)
-        # the weights, the dead ones, samples that stay
-        base = (2 * self.itemsize + 1) * self.num_weights + samples
-        if settings.num_recomputations != 0:
-            base += INDEX_BYTES * self.num_weights
+        base = self.base_bytes(settings) + samples
         buffer = rows * row  # which are handed over at once
         fisher, inverse = (math.ceil(self.part(parts) * n) for n in self.fisher_bytes(num_rows))
         arriving = 0
@@ -253,13 +255,13 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _largest_block(layout: BlockLayout, sizes: Sizes, settings: Settings, free: int) -> int | None:
+def _largest_block(layout: BlockLayout, sizes: Sizes, settings: Settings, free: int, slab: int) -> int | None:
     """The largest of 1, 2, 5, 10, 20, 50, ... below the block asked for that fits with one gradient at a time."""
     candidates = [digit * 10**power for power in range(10) for digit in (1, 2, 5)]
     for size in reversed([size for size in candidates if size < sizes.block_size]):
         count = sum(-(-(stop - start) // size) for start, stop in layout.parameter_ranges.values())
         smaller = replace(sizes, num_blocks=count, block_size=size, single_block=False)
-        if max(smaller.phase_bytes(settings, 1, 0, parts=count).values()) <= free:
+        if max(smaller.phase_bytes(settings, 1, 0, parts=count, slab=slab).values()) <= free:
             return size
     return None
 
@@ -300,7 +302,7 @@ def byte_plan(
         sizes = replace(sizes, factors=_fishleg_bytes(layout, settings, sizes.itemsize))
     free = free_bytes(targets.device) if memory_limit is None else parse_bytes(memory_limit)
     parts_apart = shares_blocks(settings)
-    row = layout.num_weights * sizes.itemsize
+    slab = slab_bytes(targets.device) * sizes.itemsize // 8
 
     def at(groups: int) -> tuple[Plan, int]:
         parts = groups * ranks if parts_apart else 1
@@ -308,7 +310,7 @@ def byte_plan(
         limit = GRADIENT_BYTES
         if free is not None and settings.method not in DATA_FREE:
             fisher = math.ceil(sizes.part(parts) * max(sizes.fisher_bytes(num_rows)))
-            limit = max(1, min(limit, free - fisher - 2 * row - kept))
+            limit = max(1, min(limit, free - fisher - sizes.base_bytes(settings) - kept))
         phases = sizes.phase_bytes(
             settings,
             limit,
@@ -317,7 +319,7 @@ def byte_plan(
             parts=parts,
             samples=kept,
             scratch=scratch,
-            slab=slab_bytes(targets.device) * sizes.itemsize // 8,
+            slab=slab,
         )
         return Plan(
             sizes=sizes,
@@ -335,7 +337,7 @@ def byte_plan(
         groups = min(most, max(groups + 1, groups * 5 // 4))
         plan, limit = at(groups)
     if not plan.fits and free is not None and parts_apart:
-        plan = replace(plan, largest_block=_largest_block(layout, sizes, settings, free))
+        plan = replace(plan, largest_block=_largest_block(layout, sizes, settings, free, slab))
     return plan, limit
 
 
@@ -578,7 +580,8 @@ def _gradient_cost(
     data: Iterable[Any], objective: Objective, settings: Settings, limit: int, layout: BlockLayout
 ) -> GradientCost:
     """Measured on the loader's first samples."""
-    stream = GradientStream(objective, data, layout, num_grads=1, dtype=settings.grad_dtype)
+    # of its own, which reads nothing
+    stream = GradientStream(objective, iter(()), layout, num_grads=1, dtype=settings.grad_dtype)
     row = layout.num_weights * stream.dtype.itemsize
     reader = SampleReader(data, objective.device)
     per_sample = settings.grad_batch_size == 1

@@ -32,7 +32,7 @@ from fastfisher.prune.plan import Sizes, checked_plan, layout_of, plan, storage_
 from fastfisher.prune.progress import Bar, Progress
 from fastfisher.prune.ranks import Ranks, group_of
 from fastfisher.prune.select import num_zeros
-from fastfisher.prune.settings import DATA_FREE, FishLeg, Settings, layer_limits
+from fastfisher.prune.settings import DATA_FREE, FROM_GRADIENTS, FishLeg, Settings, layer_limits
 from fastfisher.prune.steps import Clock, Outcome, Read, Run, fingerprint
 from fastfisher.prune.targets import Targets, find_targets
 from fastfisher.prune.update import as_parameters, written
@@ -158,7 +158,7 @@ def _fill_gradients(report: Report, settings: Settings, outcome: Outcome, object
                 f"{summary.num_non_finite} of {summary.num_finite + summary.num_non_finite} gradients were non-finite "
                 f"(first: {summary.first_non_finite}){used}."
             )
-    rows = isinstance(first, GradientStream) or objective.why_loop is not None
+    rows = settings.method in FROM_GRADIENTS or objective.why_loop is not None
     if rows and objective.fallbacks is not None:
         report.notes.append(objective.fallbacks)
     if first.unreached:

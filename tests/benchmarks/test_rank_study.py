@@ -20,8 +20,7 @@ def test_a_tiny_study(
     monkeypatch.setattr(ranks, "ROUNDS", 1)
     assert ranks.main(["--tiny", "--out", str(tmp_path)]) == 0
     (stored,) = tmp_path.glob("ranks-*.json")
-    one, two = json.loads(stored.read_text())["rows"]
-    assert (one["processes"], one["fewest"], sum(one["sent"].values())) == (1, 0, 0)
+    (two,) = json.loads(stored.read_text())["rows"]
     gradients = 4 * ranks.NUM_GRADS / 2
     assert two["fewest"] == gradients + 4
     # blocks do not divide evenly
