@@ -22,7 +22,7 @@ from fastfisher.prune.targets import find_targets
 transformers = pytest.importorskip("transformers")
 
 WORDS, WIDTH, LENGTH = 32, 16, 10
-LOOPED = "Samples were differentiated one at a time: vmap cannot trace the model"
+LOOPED = "Samples are differentiated one at a time: vmap cannot trace the model"
 FEW: dict[str, Any] = {"num_grads": 32, "block_size": 16, "num_recomputations": 1}
 
 
