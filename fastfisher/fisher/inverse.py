@@ -315,10 +315,13 @@ class FisherInverse:
         }
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> FisherInverse:
-        """The inverse that `state_dict` described; the tensors are shared, not copied."""
+    def from_state_dict(cls, state: Mapping[str, Any], layout: BlockLayout | None = None) -> FisherInverse:
+        """The inverse that `state_dict` described; the tensors are shared, not copied.
+
+        layout: that of the inverse, where it is more than its state tells, such as part of another one.
+        """
         return cls(
-            BlockLayout.from_state_dict(state),
+            layout or BlockLayout.from_state_dict(state),
             [Part(**part) for part in state["parts"]],
             form=state["form"],
             damping=state["damping"],

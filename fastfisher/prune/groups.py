@@ -28,7 +28,6 @@ from fastfisher.fisher.inverse import (
     choose_form,
     column_sums,
 )
-from fastfisher.fisher.parts import Part
 from fastfisher.memory import format_bytes
 from fastfisher.prune.ranks import Ranks
 from fastfisher.prune.settings import FROM_GRADIENTS, Settings
@@ -87,6 +86,16 @@ def cut(layout: BlockLayout, groups: int, ranks: int) -> list[list[PartLayout | 
     edges = [layout.num_blocks * i // pieces for i in range(pieces + 1)]
     parts = [PartLayout(layout, a, b) if a < b else None for a, b in itertools.pairwise(edges)]
     return [parts[first : first + ranks] for first in range(0, pieces, ranks)]
+
+
+def timed(pieces: Iterator[Tensor], enter: Callable[[str], Any]) -> Iterator[Tensor]:
+    """The pieces, each of which is made in the phase "gradients".   enter: of a phase, a context."""
+    while True:
+        with enter("gradients"):
+            piece = next(pieces, None)
+        if piece is None:
+            return
+        yield piece
 
 
 def _span(part: PartLayout | None) -> tuple[int, int]:
@@ -179,16 +188,8 @@ class GroupedInverse:
 
     def _taken_back(self, state: dict[str, Any], part: PartLayout | None) -> FisherInverse:
         assert part is not None
-        return FisherInverse(
-            part,
-            [Part(**piece) for piece in offload.taken_back(state["parts"], self.stream.objective.device)],
-            form=state["form"],
-            damping=state["damping"],
-            num_grads=state["num_grads"],
-            condition=state["condition"],
-            dtype=state["dtype"],
-            mean=state["mean"],
-        )
+        parts = offload.taken_back(state["parts"], self.stream.objective.device)
+        return FisherInverse.from_state_dict({**state, "parts": parts}, layout=part)
 
     def _accumulator(self, part: PartLayout) -> FisherAccumulator:
         settings = self.settings
@@ -242,20 +243,12 @@ class GroupedInverse:
 
     def _first_pieces(self) -> Iterator[Tensor]:
         """All gradients of this process as they come, of the whole layout."""
-        for piece in self._timed(iter(self.stream)):
+        for piece in timed(iter(self.stream), self._enter):
             if self.settings.centered and not self._alone:
                 total = column_sums(piece)
                 self._total = total if self._total is None else self._total + total
             yield piece
             self._advance(self.stream.num_finite)
-
-    def _timed(self, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
-        while True:
-            with self._enter("gradients"):
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
 
     def _again(self, g: int) -> Iterator[Tensor]:
         """The same gradients once more, of the weights of one group."""
@@ -267,8 +260,9 @@ class GroupedInverse:
             whole,
             num_grads=self.stream.num_finite,
             memory_limit=self._limit,
+            dtype=self.settings.grad_dtype,
         )
-        yield from self._timed(iter(stream))
+        yield from timed(iter(stream), self._enter)
         # rows of zeros stood for what was not finite
         if missing := self.stream.num_grads - self.stream.num_finite:
             rows = missing * self.stream.rows_per_grad

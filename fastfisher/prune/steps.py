@@ -23,7 +23,7 @@ from fastfisher.fisher.hessian import hessian_inverse, obd_inverse
 from fastfisher.fisher.inverse import FisherInverse
 from fastfisher.fisher.kfac import KFACInverse, kfac_inverse
 from fastfisher.prune import saliency
-from fastfisher.prune.groups import ONE_GROUP, GroupedInverse, Storage, shares_blocks
+from fastfisher.prune.groups import ONE_GROUP, GroupedInverse, Storage, shares_blocks, timed
 from fastfisher.prune.learner import Learner
 from fastfisher.prune.progress import Progress
 from fastfisher.prune.ranks import Ranks
@@ -147,15 +147,6 @@ class Outcome:
     first: GradientStream | Read | None = None  # of this process
     summaries: list[Summary] = field(default_factory=list)  # one for each step
     steps: list[StepRow] = field(default_factory=list)
-
-
-def _timed(pieces: Iterator[Tensor], clock: Clock) -> Iterator[Tensor]:
-    while True:
-        with clock("gradients"):
-            piece = next(pieces, None)
-        if piece is None:
-            return
-        yield piece
 
 
 class Run:
@@ -380,7 +371,7 @@ class Run:
         """What is kept, after these gradients; FishLeg's blocks are written out."""
 
         def pieces() -> Iterator[Tensor]:
-            for piece in _timed(iter(stream), self.clock):
+            for piece in timed(iter(stream), self.clock):
                 # rows of one sample add up
                 yield piece * each**0.5 if fishleg and each > 1 else piece
                 advance(stream.num_finite)

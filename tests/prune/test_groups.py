@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "centered": {"method": "woodtaylor", "centered": True, "num_recomputations": 0},
     "absolute": {"damping_mode": "absolute", "damping": 1e-3, "num_recomputations": 0},
     "exact": {"fisher_type": "exact", "num_recomputations": 0},
+    "bf16": {"grad_dtype": "bfloat16", "num_recomputations": 0},
     "2:4": {"pattern": "2:4", "sparsity": None, "num_recomputations": 0},
     "block4": {"pattern": "block4", "num_recomputations": 0},
     "caps": {"max_layer_sparsity": {"3": 0.3}, "num_recomputations": 0},
