@@ -288,193 +288,165 @@ def prune_once(
     ranks = Ranks(process_group or group_of(model))
     model = unwrapped(model)
     with gathered(model):
-        return _pruned(
-            model,
-            data,
-            settings,
-            ranks,
-            targets=targets,
-            ignore=ignore,
-            loss_fn=loss_fn,
-            eval_fn=eval_fn,
-            progress=progress,
-            memory_limit=memory_limit,
-            title=title,
-            learner=learner,
-        )
-
-
-def _pruned(
-    model: nn.Module,
-    data: Iterable[Any] | None,
-    settings: Settings,
-    ranks: Ranks,
-    *,
-    targets: str | Sequence[str] | None,
-    ignore: str | Sequence[str] | None,
-    loss_fn: LossFn | None,
-    eval_fn: Callable[[nn.Module], Any] | None,
-    progress: Progress | bool | None,
-    memory_limit: int | str | None,
-    title: str,
-    learner: Learner | None,
-) -> Report:
-    with ranks.together("the checks"):
-        found = find_targets(model, targets, ignore)
-        found.take(model, settings.rule)
-        layout = layout_of(found, settings)
-        groups, limit = checked_plan(layout, settings, found, memory_limit, ranks=ranks.size)
-        most = layer_limits(settings, layout)
-        needs_data = settings.method not in DATA_FREE
-        if (needs_data or settings.cost == "flops") and data is None:
-            what = (
-                f"method={settings.method!r} needs data to take gradients from"
-                if needs_data
-                else "cost='flops' needs a sample"
-            )
-            raise FastFisherError(f"{what}; got None")
-    ranks.same(
-        "the settings", f"{settings} for {layout.names} of {[tuple(shape) for shape in layout.shapes]}"
-    )
-    groups = max(ranks.objects(groups))
-    bar = Bar(progress, f"{title} to {100 * settings.sparsity:.3g} %")
-    clock = Clock(entered=bar.phase)
-
-    # draws of their own for samples of their own
-    shift = ranks.rank if shares_blocks(settings) else 0
-    with bar, untouched(model, settings.seed + shift):
-        old = {name: parameter.detach() for name, parameter in found.parameters.items()}
-        wide = torch.float64 if any(p.dtype == torch.float64 for p in old.values()) else torch.float32
-        weight = layout.flatten({name: value.to(wide) for name, value in old.items()})  # [d]
-        # compared in the model's own dtype: nothing nonzero there becomes zero in a wider one
-        dead = weight == 0
-        if not bool(torch.isfinite(weight).all()):
-            name = next(name for name, value in old.items() if not bool(torch.isfinite(value).all()))
-            raise FastFisherError(f"{name!r} holds weights that are not finite")
-        if ranks.size > 1:
-            ranks.same("the weights", fingerprint(weight))
-        objective = Objective(
-            model,
-            list(found.parameters),
-            loss_fn=loss_fn,
-            grad_batch_size=settings.grad_batch_size,
-            fisher_type=settings.fisher_type,
-        )
-        dense = control = None
-        if eval_fn is not None:
-            with clock("evaluate"):
-                dense = _number(eval_fn(model))
-
-        notes = [
-            f"Left dense, {name} cannot take {settings.pattern}: {why}." for name, why in found.unfit.items()
-        ]
-        reader, num_grads = None, settings.num_grads
-        with ranks.together("the data"):
-            if data is not None:
-                reader = SampleReader(data, found.device)
-        if reader is not None and needs_data:
-            known = None if reader.known is None else reader.known // settings.grad_batch_size
-            num_grads = ranks.shares(settings.num_grads, known)
-            reader.repeat = num_grads * settings.grad_batch_size
-            if any(ranks.objects(reader.once)) and settings.num_recomputations is None:
-                settings = replace(settings, num_recomputations=0)
-                notes.append("The data can be read only once, so there was one step without recomputations.")
-        counted, costs = None, None
-        if settings.cost == "flops" and reader is not None and data is not None:
-            sample = reader.peek() if reader.once else _some_samples(data, objective)
-            counted = None if sample is None else count_flops(objective, model, sample)
-            counted = ranks.objects(counted)[0]  # of the first one's samples
-            costs = _costs(found, layout, counted[1] if counted else {})
-        learner = learner or learner_of(model, layout, settings)
-        sizes = Sizes.of(layout, wide.itemsize)
-        storage = ONE_GROUP
-        if groups > 1:
-            with ranks.together("the plan"), clock("plan"):
-                storage = storage_for(
-                    model, data, objective, settings, layout, sizes, groups, limit, ranks=ranks.size
+        with ranks.together("the checks"):
+            found = find_targets(model, targets, ignore)
+            found.take(model, settings.rule)
+            layout = layout_of(found, settings)
+            groups, limit = checked_plan(layout, settings, found, memory_limit, ranks=ranks.size)
+            most = layer_limits(settings, layout)
+            needs_data = settings.method not in DATA_FREE
+            if (needs_data or settings.cost == "flops") and data is None:
+                what = (
+                    f"method={settings.method!r} needs data to take gradients from"
+                    if needs_data
+                    else "cost='flops' needs a sample"
                 )
-            storage = ranks.objects(storage)[0]
-            notes.append(f"{storage}.")
-        run = Run(
-            layout,
-            settings,
-            found.parameters,
-            clock,
-            bar,
-            costs=costs,
-            most=most,
-            learner=learner,
-            storage=storage,
-            ranks=ranks,
-            num_grads=num_grads,
+                raise FastFisherError(f"{what}; got None")
+        ranks.same(
+            "the settings", f"{settings} for {layout.names} of {[tuple(shape) for shape in layout.shapes]}"
         )
-        if reader is None or not needs_data:
-            outcome = run.without_gradients(weight, ~dead)
-        else:
-            if settings.fisher_type == "exact":
-                with ranks.together("the data"):
-                    each = objective.rows_per_sample(_first(reader))
-                    _, limit = checked_plan(layout, settings, found, memory_limit, each, ranks.size)
-            outcome = run.with_gradients(weight, ~dead, objective, reader, limit)
-            objective.weights = old
-        stream = outcome.first
-        values = as_parameters(outcome.new, outcome.mask, layout, found.parameters)
-        if counted is None and data is not None:
-            sample = (
-                stream.kept[0].narrow(0, settings.grad_batch_size)
-                if stream
-                else _some_samples(data, objective)
+        groups = max(ranks.objects(groups))
+        bar = Bar(progress, f"{title} to {100 * settings.sparsity:.3g} %")
+        clock = Clock(entered=bar.phase)
+
+        # draws of their own for samples of their own
+        shift = ranks.rank if shares_blocks(settings) else 0
+        with bar, untouched(model, settings.seed + shift):
+            old = {name: parameter.detach() for name, parameter in found.parameters.items()}
+            wide = torch.float64 if any(p.dtype == torch.float64 for p in old.values()) else torch.float32
+            weight = layout.flatten({name: value.to(wide) for name, value in old.items()})  # [d]
+            # compared in the model's own dtype: nothing nonzero there becomes zero in a wider one
+            dead = weight == 0
+            if not bool(torch.isfinite(weight).all()):
+                name = next(name for name, value in old.items() if not bool(torch.isfinite(value).all()))
+                raise FastFisherError(f"{name!r} holds weights that are not finite")
+            if ranks.size > 1:
+                ranks.same("the weights", fingerprint(weight))
+            objective = Objective(
+                model,
+                list(found.parameters),
+                loss_fn=loss_fn,
+                grad_batch_size=settings.grad_batch_size,
+                fisher_type=settings.fisher_type,
             )
-            counted = None if sample is None else count_flops(objective, model, sample)
-        total_flops, flops = counted or (None, None)
-
-        report = Report(
-            method=settings.method,
-            scope=settings.scope,
-            sparsity=float(settings.sparsity),
-            update=settings.chosen_update,
-            num_weights=layout.num_weights,
-            num_zeros=int((~outcome.mask).sum()),
-            zeros_before=int(dead.sum()),
-            layers=_layer_rows(found, layout, dead, outcome.mask, flops),
-            frozen=found.frozen,
-            unfit=dict(found.unfit),
-            pattern=settings.pattern,
-            seed=settings.seed,
-            device=str(found.device),
-            versions=_versions(),
-            command=_command(),
-            notes=notes,
-        )
-        _fill_gradients(report, settings, outcome, objective)
-        if report.num_zeros > num_zeros(settings.sparsity, layout.num_weights):
-            report.notes.append(
-                f"{report.zeros_before:,} weights were zero before, in places more than asked for; all stay zero."
-            )
-        if stream is not None and outcome.damping is not None:
-            with clock("loss check"):
-                _check_loss(report, stream, old, values, outcome, run.ranks)
-
-        if eval_fn is not None and settings.method != "magnitude":
-            with clock("evaluate"):
-                rival = replace(
-                    settings, method="magnitude", scope="global", fisher_type="empirical", centered=False
-                )
-                run = Run(layout, rival, found.parameters, clock, None)
-                by_size = run.without_gradients(weight, ~dead)
-                magnitude = as_parameters(by_size.new, by_size.mask, layout, found.parameters)
-                with written(found.parameters, magnitude, keep=False):
-                    control = _number(eval_fn(model))
-
-        with written(found.parameters, values, keep=True):
+            dense = control = None
             if eval_fn is not None:
                 with clock("evaluate"):
-                    report.pruned = _number(eval_fn(model))
-            report.dense, report.control = dense, control
-            _fill_sizes(report, model, total_flops)
-            report.seconds = clock.seconds
-            report.peak_memory = peak_bytes(found.device)
-    return report
+                    dense = _number(eval_fn(model))
+
+            notes = [
+                f"Left dense, {name} cannot take {settings.pattern}: {why}."
+                for name, why in found.unfit.items()
+            ]
+            reader, num_grads = None, settings.num_grads
+            with ranks.together("the data"):
+                if data is not None:
+                    reader = SampleReader(data, found.device)
+            if reader is not None and needs_data:
+                known = None if reader.known is None else reader.known // settings.grad_batch_size
+                num_grads = ranks.shares(settings.num_grads, known)
+                reader.repeat = num_grads * settings.grad_batch_size
+                if any(ranks.objects(reader.once)) and settings.num_recomputations is None:
+                    settings = replace(settings, num_recomputations=0)
+                    notes.append(
+                        "The data can be read only once, so there was one step without recomputations."
+                    )
+            counted, costs = None, None
+            if settings.cost == "flops" and reader is not None and data is not None:
+                sample = reader.peek() if reader.once else _some_samples(data, objective)
+                counted = None if sample is None else count_flops(objective, model, sample)
+                counted = ranks.objects(counted)[0]  # of the first one's samples
+                costs = _costs(found, layout, counted[1] if counted else {})
+            learner = learner or learner_of(model, layout, settings)
+            sizes = Sizes.of(layout, wide.itemsize)
+            storage = ONE_GROUP
+            if groups > 1:
+                with ranks.together("the plan"), clock("plan"):
+                    storage = storage_for(
+                        model, data, objective, settings, layout, sizes, groups, limit, ranks=ranks.size
+                    )
+                storage = ranks.objects(storage)[0]
+                notes.append(f"{storage}.")
+            run = Run(
+                layout,
+                settings,
+                found.parameters,
+                clock,
+                bar,
+                costs=costs,
+                most=most,
+                learner=learner,
+                storage=storage,
+                ranks=ranks,
+                num_grads=num_grads,
+            )
+            if reader is None or not needs_data:
+                outcome = run.without_gradients(weight, ~dead)
+            else:
+                if settings.fisher_type == "exact":
+                    with ranks.together("the data"):
+                        each = objective.rows_per_sample(_first(reader))
+                        _, limit = checked_plan(layout, settings, found, memory_limit, each, ranks.size)
+                outcome = run.with_gradients(weight, ~dead, objective, reader, limit)
+                objective.weights = old
+            stream = outcome.first
+            values = as_parameters(outcome.new, outcome.mask, layout, found.parameters)
+            if counted is None and data is not None:
+                sample = (
+                    stream.kept[0].narrow(0, settings.grad_batch_size)
+                    if stream
+                    else _some_samples(data, objective)
+                )
+                counted = None if sample is None else count_flops(objective, model, sample)
+            total_flops, flops = counted or (None, None)
+
+            report = Report(
+                method=settings.method,
+                scope=settings.scope,
+                sparsity=float(settings.sparsity),
+                update=settings.chosen_update,
+                num_weights=layout.num_weights,
+                num_zeros=int((~outcome.mask).sum()),
+                zeros_before=int(dead.sum()),
+                layers=_layer_rows(found, layout, dead, outcome.mask, flops),
+                frozen=found.frozen,
+                unfit=dict(found.unfit),
+                pattern=settings.pattern,
+                seed=settings.seed,
+                device=str(found.device),
+                versions=_versions(),
+                command=_command(),
+                notes=notes,
+            )
+            _fill_gradients(report, settings, outcome, objective)
+            if report.num_zeros > num_zeros(settings.sparsity, layout.num_weights):
+                report.notes.append(
+                    f"{report.zeros_before:,} weights were zero before, in places more than asked for; all stay zero."
+                )
+            if stream is not None and outcome.damping is not None:
+                with clock("loss check"):
+                    _check_loss(report, stream, old, values, outcome, run.ranks)
+
+            if eval_fn is not None and settings.method != "magnitude":
+                with clock("evaluate"):
+                    rival = replace(
+                        settings, method="magnitude", scope="global", fisher_type="empirical", centered=False
+                    )
+                    run = Run(layout, rival, found.parameters, clock, None)
+                    by_size = run.without_gradients(weight, ~dead)
+                    magnitude = as_parameters(by_size.new, by_size.mask, layout, found.parameters)
+                    with written(found.parameters, magnitude, keep=False):
+                        control = _number(eval_fn(model))
+
+            with written(found.parameters, values, keep=True):
+                if eval_fn is not None:
+                    with clock("evaluate"):
+                        report.pruned = _number(eval_fn(model))
+                report.dense, report.control = dense, control
+                _fill_sizes(report, model, total_flops)
+                report.seconds = clock.seconds
+                report.peak_memory = peak_bytes(found.device)
+        return report
 
 
 def _first(reader: SampleReader) -> Samples:
