@@ -635,9 +635,30 @@ def bench(
             raise typer.Exit(NUMERICAL)
 
 
+def help_text(arguments: list[str]) -> str | None:
+    """What `--help` prints; None where the arguments do not ask for it.
+
+    typer alone would parse the arguments first and import pydantic for that, in a third of a second.
+    """
+    if not {"-h", "--help"} & set(arguments):
+        return None
+    command = typer.main.get_command(app)
+    context = command.context_class(command, info_name="fastfisher", **command.context_settings)
+    if arguments[0].startswith("-"):
+        return command.get_help(context)
+    verb = getattr(command, "commands", {}).get(arguments[0])
+    if verb is None:
+        return None
+    return verb.get_help(verb.context_class(verb, info_name=arguments[0], parent=context))
+
+
 def main() -> None:
     """The console script `fastfisher`."""
-    app()
+    text = help_text(sys.argv[1:])
+    if text is None:
+        app()
+    else:
+        typer.echo(text)
 
 
 if __name__ == "__main__":

@@ -233,9 +233,12 @@ def test_unexpected_errors_keep_their_traceback(user: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "verb", [(), ("prune",), ("plan",), ("eval",), ("export",), ("report",), ("doctor",), ("bench",)]
+    "verb",
+    [(), ("prune",), ("plan",), ("tune",), ("eval",), ("export",), ("report",), ("doctor",), ("bench",)],
 )
-def test_help_is_quick_and_documents_the_exit_codes(verb: tuple[str, ...]) -> None:
+def test_help_is_quick_and_documents_the_exit_codes(
+    verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -254,6 +257,11 @@ def test_help_is_quick_and_documents_the_exit_codes(verb: tuple[str, ...]) -> No
     assert "2 bad input" in done.stdout
     # flags are the lines whose first word, behind the frame, is a long option
     assert sum(line.strip("│ ").startswith("--") for line in done.stdout.splitlines()) < 15
+    # the same text as typer's own, which takes three times as long
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        cli.app([*verb, "--help"], prog_name="fastfisher")
+    assert done.stdout == capsys.readouterr().out
 
 
 @pytest.fixture
