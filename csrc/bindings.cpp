@@ -1,7 +1,10 @@
 // fastfisher._native: one function per op. Tensors come in as addresses, dtypes as the codes of ff::DType; shapes,
 // strides and bounds were checked in Python. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -256,6 +259,20 @@ PYBIND11_MODULE(_native, module) {
                        using T = std::remove_pointer_t<decltype(t)>;
                        kernels.kron_matvec(at<T>(out), at<const T>(left), at<const T>(right), at<const T>(scale),
                                            at<const T>(x), columns, tiles, o, i, threads);
+                   });
+               });
+    module.def("conv_weight_grads",
+               [](const std::string& isa, int threads, bool is_double, Address rows, int64_t row_stride, Address x,
+                  Address g, int64_t samples, int64_t groups, int64_t in, int64_t out,
+                  const std::array<std::array<int64_t, 2>, 6>& sizes) {
+                   ff::Convolution conv{samples, groups, in, out, {}, {}, {}, {}, {}, {}};
+                   int64_t* fields[] = {conv.size,   conv.out_size, conv.kernel,
+                                        conv.stride, conv.padding,  conv.dilation};
+                   for (size_t i = 0; i < sizes.size(); ++i) std::copy(sizes[i].begin(), sizes[i].end(), fields[i]);
+                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                       using T = std::remove_pointer_t<decltype(t)>;
+                       kernels.conv_weight_grads(at<T>(rows), row_stride, at<const T>(x), at<const T>(g), conv,
+                                                 threads);
                    });
                });
     module.def("obs_saliency", [](const std::string& isa, int threads, bool is_double, Address out, Address weight,

@@ -16,6 +16,12 @@ struct Dual {
     double damping;
 };
 
+// Convolutions of samples with groups; dimensions are rows and columns. in and out are the channels of one group.
+struct Convolution {
+    int64_t samples, groups, in, out;
+    int64_t size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
+};
+
 // T is the type of the state (float or double). `threads` is the number of threads to use, this one included.
 template <class T>
 struct Kernels {
@@ -56,6 +62,9 @@ struct Kernels {
     // out [columns, N, o, i] <- D o (T (D o x) S), left [N, o, o] and right [N, i, i] symmetric, scale [N, o, i].
     void (*kron_matvec)(T* out, const T* left, const T* right, const T* scale, const T* x, int64_t columns,
                         int64_t tiles, int64_t o, int64_t i, int threads);
+    // rows (a sample every row_stride, then [groups out, in, *kernel]) <- gradients of a convolution's weight, from its
+    // input x [samples, groups in, *size] and the gradient g [samples, groups out, *out_size] at its output.
+    void (*conv_weight_grads)(T* rows, int64_t row_stride, const T* x, const T* g, Convolution, int threads);
     // out [d] <- w^2 / (2 inv_diag).
     void (*obs_saliency)(T* out, const T* weight, const T* inv_diag, int64_t d, int threads);
     // mask [d] <- 0 for the dead and the least salient others, num_zeros in all, ties by index. invalid <- -1, or the

@@ -8,7 +8,7 @@ sentence; so does cuda.py for the ops that also run on a GPU.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
 
@@ -345,6 +345,31 @@ def _kron_matvec(left: Tensor, right: Tensor, scale: Tensor, x: Tensor, out: Ten
         scale.data_ptr(),
         x.data_ptr(),
         *x.shape,
+    )
+
+
+@implement("conv_weight_grads", "native", why_not)
+def _conv_weight_grads(
+    rows: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    k, out, channels, *kernel = rows.shape
+    _kernel("conv_weight_grads")(
+        _is_double(x),
+        rows.data_ptr(),
+        rows.stride(0),
+        x.data_ptr(),
+        grad.data_ptr(),
+        k,
+        groups,
+        channels,
+        out // groups,
+        [x.shape[2:], grad.shape[2:], kernel, stride, padding, dilation],
     )
 
 

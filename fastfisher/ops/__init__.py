@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from fastfisher.ops._registry import BACKENDS, OPS, explain, implement, use_backend
 from fastfisher.ops.block_factor_matvec import block_factor_matvec
 from fastfisher.ops.block_matvec import block_matvec
+from fastfisher.ops.conv_weight_grads import conv_weight_grads
 from fastfisher.ops.dual_factor import dual_factor_
 from fastfisher.ops.factor_diagonal import factor_diagonal
 from fastfisher.ops.factor_downdate import factor_downdate_
@@ -45,6 +46,7 @@ __all__ = [
     "block_factor_matvec",
     "factor_downdate_",
     "kron_matvec",
+    "conv_weight_grads",
     "dual_factor_",
     "inverse_diagonal",
     "block_matvec",

@@ -430,33 +430,34 @@ class Run:
                 del finv
         ranks.share(u, spans)
         ranks.share(mean, spans)
-        if layout.num_blocks == 1:
-            return u
         blocks = layout.blocks.to(u.device)
-        whole, apart, product = 0.0, 0.0, torch.empty_like(u)
+        seen, whole, apart, product = 0.0, 0.0, 0.0, torch.empty_like(u)
         with ranks.together("the step length"), self.clock("step length"):
             for group in stream.kept:
                 grads, _ = stream.objective.gradients(group)
                 rows = torch.cat([layout.rows(name, grads[name]) for name in layout.names], dim=1)  # [k, d]
+                seen += float((rows @ u.to(rows.dtype)).double().sum())
                 if self.settings.centered:
                     rows -= mean.to(rows.dtype)
                 whole += float((rows @ u.to(rows.dtype)).double().square().sum())
                 ops.fisher_vector_product(rows, blocks, len(rows), u[:, None], out=product[:, None])
                 apart += len(rows) * float(u @ product)
-        whole, apart = ranks.sum(whole, apart)
+        count = sum(map(len, stream.kept_losses))
+        seen, whole, apart, count = ranks.sum(seen, whole, apart, count)
         damping = max(ranks.objects(damping))  # a process that owns no block knows none
         slope, ridge = float(mean @ u), damping * float(u.square().sum())
         curvature = ridge + (slope - ridge) * (whole / apart if apart > 0 else 1.0)
         if not curvature > 0:
             return u
-        return u * self._shortened(min(1.0, slope / curvature), u, slope, stream)
+        return u * self._shortened(min(1.0, slope / curvature), u, slope, seen / count, stream)
 
-    def _shortened(self, t: float, u: Tensor, slope: float, stream: GradientStream) -> float:
-        """t, or less: until the loss of the kept samples falls by a quarter of t times the slope (a parabola: by half).
+    def _shortened(self, t: float, u: Tensor, slope: float, seen: float, stream: GradientStream) -> float:
+        """t, or less: until the loss falls by a quarter of t times its slope (a parabola does by half of it).
 
         The gradient of a mean over P positions, or samples, has 1/P of the loss's curvature as its second moment where
         they do not depend on each other, so that F⁻¹ ∇L is up to P times too long for a model of sequences.
-        Each time t goes to the minimum of the parabola through what was measured, by a third or more.
+        The kept samples tell how the loss bends, their change of loss less that by their own slope `seen`; the slope is
+        that of all.  Each time t goes to the minimum of the parabola through what was measured, by a third or more.
         """
         objective, step = stream.objective, stream.layout.unflatten(u)
 
@@ -472,7 +473,7 @@ class Run:
         losses = torch.cat(stream.kept_losses)
         total, count = self.ranks.sum(float(losses.sum()), len(losses))
         for _ in range(SHORTER):
-            change = loss(t) - total / count
+            change = loss(t) - total / count + t * (seen - slope)
             if change <= -t * slope / 4:
                 break
             t = slope * t**2 / (2 * (change + t * slope)) if math.isfinite(change) else t / 10
