@@ -261,20 +261,18 @@ PYBIND11_MODULE(_native, module) {
                                            at<const T>(x), columns, tiles, o, i, threads);
                    });
                });
-    module.def("conv_weight_grads",
-               [](const std::string& isa, int threads, bool is_double, Address rows, int64_t row_stride, Address x,
-                  Address g, int64_t samples, int64_t groups, int64_t in, int64_t out,
-                  const std::array<std::array<int64_t, 2>, 6>& sizes) {
-                   ff::Convolution conv{samples, groups, in, out, {}, {}, {}, {}, {}, {}};
-                   int64_t* fields[] = {conv.size,   conv.out_size, conv.kernel,
-                                        conv.stride, conv.padding,  conv.dilation};
-                   for (size_t i = 0; i < sizes.size(); ++i) std::copy(sizes[i].begin(), sizes[i].end(), fields[i]);
-                   with_type(is_double, isa, [&](auto& kernels, auto* t) {
-                       using T = std::remove_pointer_t<decltype(t)>;
-                       kernels.conv_weight_grads(at<T>(rows), row_stride, at<const T>(x), at<const T>(g), conv,
-                                                 threads);
-                   });
-               });
+    module.def(
+        "conv_weight_grads", [](const std::string& isa, int threads, bool is_double, Address rows, int64_t row_stride,
+                                Address x, Address g, int64_t samples, int64_t groups, int64_t in, int64_t out,
+                                const std::array<std::array<int64_t, 2>, 6>& sizes, bool x_last, bool g_last) {
+            ff::Convolution conv{samples, groups, in, out, {}, {}, {}, {}, {}, {}, x_last, g_last};
+            int64_t* fields[] = {conv.size, conv.out_size, conv.kernel, conv.stride, conv.padding, conv.dilation};
+            for (size_t i = 0; i < sizes.size(); ++i) std::copy(sizes[i].begin(), sizes[i].end(), fields[i]);
+            with_type(is_double, isa, [&](auto& kernels, auto* t) {
+                using T = std::remove_pointer_t<decltype(t)>;
+                kernels.conv_weight_grads(at<T>(rows), row_stride, at<const T>(x), at<const T>(g), conv, threads);
+            });
+        });
     module.def("obs_saliency", [](const std::string& isa, int threads, bool is_double, Address out, Address weight,
                                   Address inv_diag, int64_t count) {
         with_type(is_double, isa, [&](auto& kernels, auto* t) {

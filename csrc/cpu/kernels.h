@@ -20,6 +20,7 @@ struct Dual {
 struct Convolution {
     int64_t samples, groups, in, out;
     int64_t size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
+    bool x_last, g_last;  // whether channels come last in memory
 };
 
 // T is the type of the state (float or double). `threads` is the number of threads to use, this one included.

@@ -22,12 +22,30 @@ namespace FF_NAMESPACE {
 template <class T>
 constexpr Kernels<T> kernels() {
     return {
-        sherman_morrison<T>,    woodbury<T>,           fishleg_block_step<T>,    fisher_accumulate<T>,
-        spd_inverse<T>,         inverse_from_grads<T>, inverse_diagonal<T>,      inverse_diagonal_dual<T>,
-        block_matvec<T>,        block_matvec_dual<T>,  fisher_vector_product<T>, factor_diagonal<T>,
-        block_factor_matvec<T>, factor_downdate<T>,    kron_matvec<T>,           conv_weight_grads<T>, obs_saliency<T>,
-        prune_mask<T>,          obs_update<T>,         obs_update_dual<T>,       obs_eliminate<T>,
-        obs_eliminate_dual<T>,  obs_solve<T>,          obs_solve_dual<T>,
+        sherman_morrison<T>,
+        woodbury<T>,
+        fishleg_block_step<T>,
+        fisher_accumulate<T>,
+        spd_inverse<T>,
+        inverse_from_grads<T>,
+        inverse_diagonal<T>,
+        inverse_diagonal_dual<T>,
+        block_matvec<T>,
+        block_matvec_dual<T>,
+        fisher_vector_product<T>,
+        factor_diagonal<T>,
+        block_factor_matvec<T>,
+        factor_downdate<T>,
+        kron_matvec<T>,
+        conv_weight_grads<T>,
+        obs_saliency<T>,
+        prune_mask<T>,
+        obs_update<T>,
+        obs_update_dual<T>,
+        obs_eliminate<T>,
+        obs_eliminate_dual<T>,
+        obs_solve<T>,
+        obs_solve_dual<T>,
     };
 }
 

@@ -36,7 +36,7 @@ from torch.func import functional_call, grad, vjp, vmap
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.layers import Call, Capture, NoPadding, Unseen, rule_of
+from fastfisher.fisher.layers import Call, Capture, NoPadding, ScaledNorm, Unseen, rule_of
 from fastfisher.fisher.likelihood import (
     FISHER_TYPES,
     drawn_labels,
@@ -294,6 +294,17 @@ class Objective:
         for name in names:
             self._find_rule(name, aliases[name])
         self._compared = False
+        self._scaled_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        # torch's convolutions on a CPU take up to four times as long where channels come first (16 channels, float32)
+        self._channels_last = {
+            name
+            for name, weight in self.weights.items()
+            if name in self._owners
+            and all(isinstance(module, nn.Conv2d) for module, _ in self._owners[name])
+            and weight.device.type == "cpu"
+            and weight.dtype in (torch.float32, torch.bfloat16)
+            and torch.backends.mkldnn.is_available()
+        }
         target_names = {alias for name in names for alias in aliases[name]}
         # detached, so that no gradient is computed for what is not a target
         self._fixed = {f"model.{n}": p.detach() for n, p in parameters.items() if n not in target_names}
@@ -365,6 +376,15 @@ class Objective:
             f"(first: {first!r}, {why})."
         )
 
+    def _laid_out(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of convolutions with their channels last, which the activations follow then."""
+        return {
+            name: weight.contiguous(memory_format=torch.channels_last)
+            if name in self._channels_last
+            else weight
+            for name, weight in weights.items()
+        }
+
     def _evaluate(
         self, weights: Mapping[str, Tensor], samples: Samples, leaves: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -427,7 +447,7 @@ class Objective:
             state = torch.get_rng_state()
             try:
                 with _quiet():
-                    return layered()
+                    return self._in_either_layout(layered)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, TypeError) as error:
@@ -447,27 +467,49 @@ class Objective:
 
     def _vmapped_or_plain(self, plain: Callable[[], Any], vmapped: Callable[[], Any] | None) -> Any:
         if vmapped is None or self.why_loop is not None:
-            return plain()
+            return self._in_either_layout(plain)
         try:
             with _quiet():
-                return vmapped()
+                return self._in_either_layout(vmapped)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError) as error:
-            result = plain()
+            result = self._in_either_layout(plain)
             self.why_loop = _told(error)
             return result
+
+    def _in_either_layout(self, run: Callable[[], Any]) -> Any:
+        """With channels first from now on where the model cannot have them last, as one with .view(n, -1)."""
+        if not self._channels_last:
+            return run()
+        state = torch.get_rng_state()
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            torch.set_rng_state(state)
+            self._channels_last = set()
+            return run()
 
     def losses(self, weights: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """One loss per sample [k], or [1] over all samples when grad_batch_size > 1."""
         if self.grad_batch_size > 1:
-            return self._guarded(samples, lambda: self._batch_loss(weights, samples, samples.leaves)[None])
+            return self._guarded(
+                samples, lambda: self._batch_loss(self._laid_out(weights), samples, samples.leaves)[None]
+            )
+
+        def vmapped() -> Tensor:
+            laid_out = self._laid_out(weights)
+            with self._norms():
+                return vmap(
+                    lambda leaves: self._sample_loss(laid_out, samples, leaves), randomness="different"
+                )(samples.leaves)
+
         return self._guarded(
             samples,
             lambda: torch.stack([self._sample_loss(weights, samples, leaves) for leaves in _each(samples)]),
-            lambda: vmap(lambda leaves: self._sample_loss(weights, samples, leaves), randomness="different")(
-                samples.leaves
-            ),
+            vmapped,
         )
 
     def rows_per_sample(self, samples: Samples) -> int:
@@ -538,10 +580,11 @@ class Objective:
         for name, weight in self.weights.items():
             if name in self._owners:
                 weights[name] = weight.detach().requires_grad_()
-                stand_ins[name] = weight.detach().requires_grad_()
+                stand_ins[name] = weight.detach()
             else:
                 weights[name] = weight.detach().expand(k, *weight.shape).requires_grad_()
-        capture = Capture(self._owners, stand_ins)
+        stand_ins = {name: weight.requires_grad_() for name, weight in self._laid_out(stand_ins).items()}
+        capture = Capture(self._owners, stand_ins, k)
 
         def heights(w: dict[str, Tensor], zero: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             capture.zero = zero
@@ -551,7 +594,7 @@ class Objective:
         with torch.enable_grad():
             zero = torch.zeros(k, device=self.device)
             odd = NoPadding(stand_ins.values()) if self._unruled else nullcontext()
-            with capture.watching(), _without_fast_path(), odd:
+            with capture.watching(), _without_fast_path(), self._norms(), odd:
                 height, loss = vmap(heights, in_dims=(dims, 0, 0), randomness="different")(
                     weights, zero, samples.leaves
                 )
@@ -745,7 +788,12 @@ class Objective:
         return rows, loss.detach()[None]
 
     def _differentiable(self) -> dict[str, Tensor]:
-        return {name: weight.detach().requires_grad_() for name, weight in self.weights.items()}
+        weights = {name: weight.detach() for name, weight in self.weights.items()}
+        return {name: weight.requires_grad_() for name, weight in self._laid_out(weights).items()}
+
+    def _norms(self) -> ScaledNorm | nullcontext[None]:
+        """How batch norms run under vmap."""
+        return ScaledNorm() if self._scaled_norms else nullcontext()
 
     def loss_at(self, weights: Mapping[str, Tensor], samples: Samples) -> Tensor:
         """The loss of all samples as one batch at these weights, with a graph where they require a gradient."""
@@ -756,7 +804,7 @@ class Objective:
         """The loss of all samples as one batch with the model's own weights, without vmap and without a graph."""
         with torch.no_grad():
             loss: Tensor = self._guarded(
-                samples, lambda: self._batch_loss(self.weights, samples, samples.leaves)
+                samples, lambda: self._batch_loss(self._laid_out(self.weights), samples, samples.leaves)
             )
         return loss
 
@@ -770,12 +818,14 @@ class Objective:
             # not itself: an output that its own node saves would hold the graph for ever
             return tensor.detach()
 
-        def run() -> None:
+        def run() -> list[Tensor]:
+            weights = self._differentiable()
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                self._batch_loss(self._differentiable(), samples, samples.leaves)
+                self._batch_loss(weights, samples, samples.leaves)
+            return list(weights.values())
 
-        self._guarded(samples, run)
-        for tensor in [*self.weights.values(), *self._fixed.values(), *samples.leaves]:
+        weights = self._guarded(samples, run)
+        for tensor in [*weights, *self._fixed.values(), *samples.leaves]:
             saved.pop(tensor.untyped_storage().data_ptr(), None)
         return sum(saved.values())
 

@@ -22,9 +22,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    maybe_get_bdim,
+    maybe_get_level,
+)
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from fastfisher import ops
 from fastfisher.fisher.conv1d import is_conv1d
 
 # Patches unfolded at once on a GPU, in bytes: they are kernel-size times as large as the image they come from.
@@ -135,19 +142,47 @@ def _conv_weight(call: Call, g: Tensor, out: Tensor | None) -> Tensor:
     k, shape = len(call.x), conv.weight.shape
     x, g = _images(call, call.x), _images(call, g)
     n, groups, q = len(x), conv.groups, shape[0] // conv.groups
-    if len(x) > k or groups > 1:
+    if len(x) > k:
         out = None
     if _pointwise(conv):
         steps: list[Any] = [slice(None, None, step) for step in conv.stride]
         x = x[(..., *steps)]
         left = g.reshape(n * groups, q, -1)
-        rows = _product(left, x.reshape(n * groups, shape[1], -1).mT, out)
+        rows = _product(left, x.reshape(n * groups, shape[1], -1).mT, out if groups == 1 else None)
         return _over_images(rows.view(n, *shape), k)
     x, sides = _padded(conv, x)
-    if x.device.type == "cuda" and len(sides) <= 2:
-        return _over_images(_unfolded(conv, x, g, sides, out), k)
-    rows = _grouped(conv, x, g, sides)
+    if len(sides) > 2:
+        rows = _grouped(conv, x, g, sides)
+    elif x.device.type == "cuda":
+        rows = _unfolded(conv, x, g, sides, out)
+    else:
+        rows = _fused(conv, x, g, sides, out)
     return _over_images(rows, k)
+
+
+def _fused(conv: Any, x: Tensor, g: Tensor, sides: list[int], out: Tensor | None) -> Tensor:
+    """One kernel for all samples: rows [n, *shape], float32 or float64."""
+    wide = torch.float64 if torch.float64 in (x.dtype, g.dtype) else torch.float32
+    # one dimension of space is the second of two
+    flat = (1,) * (2 - len(sides))
+    shape = (*conv.weight.shape[:2], *flat, *conv.kernel_size)
+    if out is None or out.dtype != wide:
+        out = torch.empty(len(x), *conv.weight.shape, dtype=wide)
+    ops.conv_weight_grads(
+        _dense(x.to(wide).reshape(*x.shape[:2], *flat, *x.shape[2:])),
+        _dense(g.to(wide).reshape(*g.shape[:2], *flat, *g.shape[2:])),
+        out=out.view(len(x), *shape),
+        stride=(*flat, *conv.stride),
+        padding=((0,) * len(flat)) + tuple(sides),
+        dilation=(*flat, *conv.dilation),
+        groups=conv.groups,
+    )
+    return out
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x [n, C, H, W], contiguous if its channels do not come last."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
 def _grouped(conv: Any, x: Tensor, g: Tensor, sides: list[int]) -> Tensor:
@@ -286,9 +321,11 @@ def _conv_how(conv: Any, key: str, device: torch.device) -> str:
         return f"convolution {size}: sum"
     if _pointwise(conv):
         return f"convolution {size}: batched product"
-    if device.type == "cuda" and len(conv.kernel_size) <= 2:
+    if len(conv.kernel_size) > 2:
+        return f"convolution {size}: grouped convolution"
+    if device.type == "cuda":
         return f"convolution {size}: unfolded patches, batched product"
-    return f"convolution {size}: grouped convolution"
+    return f"convolution {size}: one kernel"
 
 
 def _conv_why_not(conv: Any) -> str | None:
@@ -351,26 +388,14 @@ def rule_of(module: nn.Module, key: str) -> tuple[Rule | None, str]:
     return (rule, "") if why is None else (None, f"{kind} has no rule where {why}")
 
 
-class _Look(torch.autograd.Function):
-    """Hand the plain tensors behind two that vmap batches to `note`, and batch what it returns.
-
-    Only its rule for vmap ever runs, since `zero` is batched.
-    """
-
-    @staticmethod
-    def forward(note: Any, zero: Tensor, x: Tensor, output: Tensor) -> Tensor:
-        return zero.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: Any, note: Any, zero: Tensor, x: Tensor, output: Tensor
-    ) -> tuple[Tensor, int]:
-        replaced = note(info.batch_size, x, in_dims[2], output, in_dims[3])
-        return (zero if replaced is None else replaced), 0
+def _plain(x: Tensor, level: int) -> tuple[Tensor, int | None]:
+    """The tensor behind one that vmap batches at `level`, and the dimension of the samples; None where it has none."""
+    if not is_functorch_wrapped_tensor(x):
+        return x, None
+    behind = get_unwrapped(x)
+    if maybe_get_level(x) != level or is_functorch_wrapped_tensor(behind):
+        raise LookupError("its layer runs inside a transform of the model's own")
+    return behind, maybe_get_bdim(x)
 
 
 @dataclass
@@ -379,11 +404,12 @@ class Capture:
 
     owners: of each weight, by name, the modules and the names that it has there.   stand_ins: for each weight the
     tensor that its layers use in its place, so that what is used behind their back still leads to the weight itself.
-    zero: a number that vmap batches, set inside the vmapped function.
+    samples: k.   zero: 0, as vmap batches it, set inside the vmapped function.
     """
 
     owners: Mapping[str, Sequence[tuple[nn.Module, str]]]
     stand_ins: Mapping[str, Tensor]
+    samples: int
     zero: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
 
@@ -420,37 +446,41 @@ class Capture:
                 return None
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise Unseen(next(iter(names.values())), "its batch norm is in training mode")
-            return self._see(module, args[0] if args else kwargs["input"], output)
+            return self._see(next(iter(names.values())), module, args[0] if args else kwargs["input"], output)
 
         return before, after
 
-    def _see(self, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
+    def _see(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> Tensor | None:
         """Note a call; another tensor with the output's values where the output itself is no place to stop at."""
-        replaced = False
-
-        def note(k: int, x: Tensor, x_dim: int | None, output: Tensor, dim: int | None) -> Tensor | None:
-            nonlocal replaced
-            if not output.requires_grad:
+        assert self.zero is not None
+        level = maybe_get_level(self.zero)
+        try:
+            behind, dim = _plain(output, level)
+            if not behind.requires_grad:
                 return None
+            replaced = None
             if dim is None:
                 # the same for all samples so far, as positions are; from here on each has its own gradient
-                output, dim, replaced = output.expand(k, *output.shape).clone(), 0, True
-            source = source_of(output)
+                replaced = output + self.zero.to(output.dtype)
+                behind, dim = _plain(replaced, level)
+            source = source_of(behind)
             if source is None:
-                output, dim, replaced = output.movedim(dim, 0).clone(), 0, True
-                source = output
-            x = x.detach()
-            x = x.expand(k, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
-            statistics: Any = (
-                (module.running_mean, module.running_var)
-                if isinstance(module, nn.modules.batchnorm._BatchNorm)
-                else None
-            )
-            self.calls.append(Call(module, x, get_gradient_edge(source), output.shape, dim, statistics))
-            return output if replaced else None
-
-        found = _Look.apply(note, self.zero, x, output)
-        return found if replaced else None
+                replaced = output.clone()
+                behind, dim = _plain(replaced, level)
+                source = behind
+            seen, x_dim = _plain(x, level)
+        except LookupError as error:
+            raise Unseen(name, str(error)) from None
+        assert dim is not None
+        seen = seen.detach()
+        seen = seen.expand(self.samples, *seen.shape) if x_dim is None else seen.movedim(x_dim, 0)
+        statistics: Any = (
+            (module.running_mean, module.running_var)
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            else None
+        )
+        self.calls.append(Call(module, seen, get_gradient_edge(source), behind.shape, dim, statistics))
+        return replaced
 
     def calls_of(self, name: str) -> list[tuple[int, _Rows]]:
         """Which calls a weight took part in, and by which function each gives its rows."""
@@ -486,6 +516,39 @@ class NoPadding(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class ScaledNorm(TorchFunctionMode):
+    """Batch norm in eval mode as a product and a sum, x s + t.
+
+    vmap's own rule takes the channels of all samples for channels of one, which copies where channels come last.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = self._scaled(*args, **kwargs) if func is F.batch_norm else None
+        return func(*args, **kwargs) if found is None else found
+
+    @staticmethod
+    def _scaled(
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor | None:
+        """None where that is another function, or another precision."""
+        if training or running_mean is None or running_var is None or input.dtype != running_mean.dtype:
+            return None
+        scale = (running_var + eps).rsqrt()
+        if weight is not None:
+            scale = scale * weight
+        shift = -running_mean * scale if bias is None else bias - running_mean * scale
+        over_space = (-1, *(1,) * (input.dim() - 2))
+        return input * scale.view(over_space) + shift.view(over_space)
+
+
 def source_of(output: Tensor) -> Tensor | None:
     """The tensor whose gradient is that of `output` up to a reshape, also after `output` is overwritten in place.
 
@@ -494,11 +557,12 @@ def source_of(output: Tensor) -> Tensor | None:
     if not output._is_view():
         return output
     base = output._base
-    whole = (
-        base is not None
-        and base.numel() == output.numel()
-        and base.dtype == output.dtype
-        and base.is_contiguous()
-        and output.is_contiguous()
-    )
-    return base if whole else None
+    if base is None or base.numel() != output.numel() or base.dtype != output.dtype:
+        return None
+    contiguous = base.is_contiguous() and output.is_contiguous()
+    return base if contiguous or _places(base) == _places(output) else None
+
+
+def _places(x: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides, without the dimensions of size 1."""
+    return [place for place in zip(x.shape, x.stride(), strict=True) if place[0] != 1]

@@ -370,6 +370,8 @@ def _conv_weight_grads(
         channels,
         out // groups,
         [x.shape[2:], grad.shape[2:], kernel, stride, padding, dilation],
+        not x.is_contiguous(),
+        not grad.is_contiguous(),
     )
 
 

@@ -54,8 +54,10 @@ def _check(
     _checks.dtype("x", x, _checks.STATE_DTYPES)
     for name, tensor in (("rows", rows), ("grad", grad)):
         _checks.dtype(name, tensor, (x.dtype,))
-    for name, tensor in (("rows[0]", rows[0]), ("x", x), ("grad", grad)):
-        _checks.contiguous(name, tensor)
+    _checks.contiguous("rows[0]", rows[0])
+    for name, tensor in (("x", x), ("grad", grad)):
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            _checks.contiguous(name, tensor)
 
 
 _op = define(
@@ -105,8 +107,9 @@ def conv_weight_grads(
     """Write every sample's gradient of a convolution's weight, Σ_p g_p x_pᵀ over the pixels p of the output.
 
     x: the input, [k, C, H, W] float32/float64.   grad: the gradient at the output, [k, O, H', W'].   out: [k, O,
-    C / groups, *kernel], overwritten; its samples may be any distance apart.   All of one dtype, in which sums run, and
-    contiguous.   stride, padding (zeros), dilation: rows and columns.   2 k O C / groups H' W' multiply-adds a tap.
+    C / groups, *kernel], overwritten; its samples may be any distance apart.   All of one dtype, in which sums run; x
+    and grad contiguous, or with channels last.   stride, padding (zeros), dilation: rows and columns.
+    k O C / groups H' W' multiply-adds a tap of the kernel.
     Raises FastFisherError on wrong input.   Source: Rochette et al., 2019 (per-sample gradients of convolutions).
     """
     _op(out, x, grad, stride, padding, dilation, groups)

@@ -442,14 +442,14 @@ class Run:
                 whole += float((rows @ u.to(rows.dtype)).double().square().sum())
                 ops.fisher_vector_product(rows, blocks, len(rows), u[:, None], out=product[:, None])
                 apart += len(rows) * float(u @ product)
-        count = sum(map(len, stream.kept_losses))
-        seen, whole, apart, count = ranks.sum(seen, whole, apart, count)
+        kept = float(sum(map(len, stream.kept_losses)))
+        seen, whole, apart, kept = ranks.sum(seen, whole, apart, kept)
         damping = max(ranks.objects(damping))  # a process that owns no block knows none
         slope, ridge = float(mean @ u), damping * float(u.square().sum())
         curvature = ridge + (slope - ridge) * (whole / apart if apart > 0 else 1.0)
         if not curvature > 0:
             return u
-        return u * self._shortened(min(1.0, slope / curvature), u, slope, seen / count, stream)
+        return u * self._shortened(min(1.0, slope / curvature), u, slope, seen / kept, stream)
 
     def _shortened(self, t: float, u: Tensor, slope: float, seen: float, stream: GradientStream) -> float:
         """t, or less: until the loss falls by a quarter of t times its slope (a parabola does by half of it).
