@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastfisher as ff
 from fastfisher.errors import FastFisherError
+from fastfisher.prune import steps
 from fastfisher.prune.settings import Settings
 from tests.prune.models import assert_same, batches, classifier, images, picture
 from tests.prune.test_prune import TARGETS, D, run, zeros
@@ -163,8 +164,10 @@ def test_the_plan_counts_every_step() -> None:
 @pytest.mark.parametrize("update", ["sum", "joint", None])
 @pytest.mark.parametrize("block_size", [16, None])
 def test_woodtaylor_follows_from_the_model_with_its_gradient_in_float64(
-    update: str | None, centered: bool, block_size: int | None
+    update: str | None, centered: bool, block_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # what the loss makes of the step's length is the test below
+    monkeypatch.setattr(steps.Run, "_shortened", lambda self, t, *rest: t)
     model = classifier(dtype=torch.float64)
     inputs, labels = images(32, dtype=torch.float64)
     name = "8.weight"
@@ -230,8 +233,14 @@ def test_centered_goes_with_woodtaylor_alone() -> None:
         run(classifier(), method="diagonal", centered=True)
 
 
-def test_the_step_along_the_gradient_is_no_longer_than_the_loss_allows() -> None:
-    """A gradient that is the mean over 64 places has 1/64 of the curvature as its second moment, at most."""
+@pytest.mark.parametrize(("block_size", "num_grads"), [(64, 256), (None, 256), (64, 400)])
+def test_the_step_along_the_gradient_is_no_longer_than_the_loss_allows(
+    block_size: int | None, num_grads: int
+) -> None:
+    """A gradient that is the mean over 64 places has 1/64 of the curvature as its second moment, at most.
+
+    With 400 gradients the loss is looked at on some of the samples only.
+    """
     torch.manual_seed(0)
 
     class Places(nn.Module):
@@ -245,7 +254,7 @@ def test_the_step_along_the_gradient_is_no_longer_than_the_loss_allows() -> None
             return self.net(x).transpose(1, 2)
 
     teacher, model = Places(), Places()
-    x = torch.randn(256, 64, 8)
+    x = torch.randn(400, 64, 8)
     y = torch.distributions.Categorical(logits=3 * teacher(x).transpose(1, 2)).sample()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(150):
@@ -253,7 +262,14 @@ def test_the_step_along_the_gradient_is_no_longer_than_the_loss_allows() -> None
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
     report = ff.prune(
-        model, [(x, y)], sparsity=0.02, method="woodtaylor", num_grads=256, num_recomputations=2, damping=0.01
+        model,
+        [(x, y)],
+        sparsity=0.02,
+        method="woodtaylor",
+        num_grads=num_grads,
+        block_size=block_size,
+        num_recomputations=2,
+        damping=0.01,
     )
     first, *later = (step.loss_before for step in report.steps)
     assert max(later) < first + 0.01
