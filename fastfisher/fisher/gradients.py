@@ -299,7 +299,8 @@ class Objective:
         self._channels_last = {
             name
             for name, weight in self.weights.items()
-            if name in self._owners
+            if weight.dim() == 4
+            and name in self._owners
             and all(isinstance(module, nn.Conv2d) for module, _ in self._owners[name])
             and weight.device.type == "cpu"
             and weight.dtype in (torch.float32, torch.bfloat16)

@@ -106,9 +106,7 @@ def test_convolutions(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         kind.startswith("1x1") and "padded" not in kind
     )
     # behind another layer, overwritten in place, and by the way of a GPU
-    monkeypatch.setattr(
-        layers, "_grouped", lambda conv, x, g, sides: layers._unfolded(conv, x, g, sides, None)
-    )
+    monkeypatch.setattr(layers, "_fused", layers._unfolded)
     monkeypatch.setattr(layers, "PATCH_BYTES", 4000)
     assert checked(pooled(nn.Conv2d(4, 4, 1), nn.ReLU(True), conv, nn.Tanh()), x).fallbacks is None
 
@@ -120,9 +118,7 @@ def test_convolutions_of_other_dimensions(dims: int, monkeypatch: pytest.MonkeyP
     x = torch.randn(N, 4, *(6, 5, 4)[:dims], dtype=DOUBLE)
     assert checked(pooled(conv), x).fallbacks is None
     if dims == 1:
-        monkeypatch.setattr(
-            layers, "_grouped", lambda conv, x, g, sides: layers._unfolded(conv, x, g, sides, None)
-        )
+        monkeypatch.setattr(layers, "_fused", layers._unfolded)
         assert checked(pooled(conv), x).fallbacks is None
 
 
@@ -135,6 +131,7 @@ def test_convolutions_of_other_dimensions(dims: int, monkeypatch: pytest.MonkeyP
         ([nn.LayerNorm((5, 6), bias=False), nn.Tanh(), nn.RMSNorm(6)], TOKENS),
         ([nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(True)], IMAGE),
         ([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(True)], IMAGE),
+        ([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, affine=False), nn.Tanh()], IMAGE),
         ([nn.BatchNorm1d(4), nn.Tanh(), nn.Conv1d(4, 2, 3)], LINE),
         ([nn.BatchNorm1d(6), nn.Linear(6, 2)], (6,)),
     ],
@@ -146,8 +143,63 @@ def test_linear_layers_and_norms(modules: list[nn.Module], shape: tuple[int, ...
         if hasattr(module, "running_var"):
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(0.5, 2)
-            nn.init.normal_(module.weight)
+            if module.affine:
+                nn.init.normal_(module.weight)
     assert checked(pooled(*modules), torch.randn(N, *shape, dtype=DOUBLE)).fallbacks is None
+
+
+class Residual(nn.Module):
+    """Two convolutions with batch norms and a shortcut, and a classifier.   x [n, 4, 7, 6] -> logits [n, 3]."""
+
+    def __init__(self, *, by_view: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.norm, self.plain = nn.BatchNorm2d(16), nn.BatchNorm2d(16, affine=False)
+        self.head = nn.Linear(16 * 42, 3)
+        self.by_view = by_view
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm(self.first(x)))
+        h = F.relu(self.plain(self.second(h)) + h)
+        return self.head(h.view(len(h), -1) if self.by_view else h.flatten(1))
+
+
+@pytest.mark.parametrize("grad_batch_size", [1, N])
+@pytest.mark.parametrize("by_view", [False, True])
+def test_convolutions_have_their_channels_last_where_the_model_can(
+    by_view: bool, grad_batch_size: int
+) -> None:
+    torch.manual_seed(0)
+    model = Residual(by_view=by_view)
+    for norm in (model.norm, model.plain):
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+    x, y = torch.randn(N, *IMAGE), torch.arange(N) % 3
+    names = [name for name, _ in model.named_parameters()]
+    strides: list[tuple[int, ...]] = []
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        strides.append(model.first.weight.stride())
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    for loss in (None, loss_fn):
+        objective = Objective(model, names, loss_fn=loss, grad_batch_size=grad_batch_size)
+        with untouched(model, 0):
+            rows, losses = objective.gradients(read_batch((x, y)))
+            again = objective.losses(objective.weights, read_batch((x, y)))
+        assert objective.fallbacks is None
+        torch.testing.assert_close(losses, again)
+        wide = Residual(by_view=by_view).double().eval()
+        wide.load_state_dict(model.state_dict())
+        for i, part in enumerate(range(N) if grad_batch_size == 1 else [slice(None)]):
+            wide.zero_grad()
+            F.cross_entropy(wide(x[part].double().view(-1, *IMAGE)), y[part].view(-1)).backward()
+            for name, p in wide.named_parameters():
+                torch.testing.assert_close(rows[name][i].double(), p.grad, rtol=1e-4, atol=1e-6)
+    assert bool(objective._channels_last) != by_view
+    if grad_batch_size > 1:  # else each layer has them in turn
+        assert (strides[-1][1] == 1) != by_view
+    assert model.first.weight.is_contiguous()
 
 
 class Text(nn.Module):
