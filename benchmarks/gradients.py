@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import statistics
 import subprocess
@@ -277,19 +276,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in NETWORKS:
         rows[name] = measure(name, options.samples, options.rounds, options.device)
         rows[name]["memory"] = apart(name, options.samples) if options.device == "cpu" else {}
-    result = {
-        "table": "gradients",
-        "date": datetime.datetime.now().isoformat(timespec="minutes"),
-        "machine": machine.describe(options.device),
-        "commit": machine.commit(),
-        "threads": torch.get_num_threads(),
-        "rows": rows,
-        "bar": judge(rows, options.device),
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    target = options.out / f"gradients-{machine.slug(options.device)}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(page(result))
+    found = {"threads": torch.get_num_threads(), "rows": rows, "bar": judge(rows, options.device)}
+    machine.write_result(options.out, "gradients", found, options.device)
+    print(page(found))
     return 0
 
 

@@ -1,15 +1,18 @@
-"""The machine a result was measured on: what it is, and the best rates it reached in the same run."""
+"""The machine a result was measured on: what it is, the best rates it reached in the same run, and a study's file."""
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,6 +114,21 @@ def slug(device: str = "cpu") -> str:
 
 def _words(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_result(folder: Path, table: str, found: Mapping[str, Any], device: str = "cpu") -> Path:
+    """Write what a study found, after its date, machine and commit, to <folder>/<table>-<machine>.json."""
+    result = {
+        "table": table,
+        "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        "machine": describe(device),
+        "commit": commit(),
+        **found,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{table}-{slug(device)}.json"
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    return target
 
 
 def peak_probes(

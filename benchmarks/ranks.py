@@ -2,13 +2,13 @@
 
 One network is pruned by 1, 2 and 4 processes with one thread each, over gloo.  The bytes that each sends are counted at
 torch.distributed's calls and told for each weight, beside the fewest: a gradient leaves its process but for the share
-of the blocks that it owns, and a new weight goes to all others.  Writes results/ranks-<machine>.json, prints a table.
+of the blocks that it owns, and a new weight goes to all others.
+Writes results/ranks-<machine>.json and .png, and prints a table.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -19,12 +19,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import fastfisher as ff
 from benchmarks import machine
+from benchmarks.scaling import exponent
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import NullLocator
 
 RESULTS = Path(__file__).parent / "results"
 PROCESSES = (1, 2, 4)
@@ -108,6 +114,33 @@ def measure(size: int, width: int) -> dict[str, Any]:
     }
 
 
+def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Bytes for each weight, and seconds with their fitted exponent, over the processes, all logarithmic."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.8))
+    several = [row for row in rows if row["processes"] > 1]  # one process sends nothing
+    sizes = [row["processes"] for row in several]
+    left.loglog(sizes, [sum(row["sent"].values()) for row in several], "o-", label="measured")
+    left.loglog(sizes, [row["fewest"] for row in several], "s--", label="fewest")
+    left.set_xticks(sizes, map(str, sizes))
+    left.set_ylabel("bytes sent for each weight")
+    sizes, seconds = [row["processes"] for row in rows], [row["seconds"] for row in rows]
+    right.loglog(sizes, seconds, "o-", label="measured")
+    right.loglog(sizes, [seconds[0] / size for size in sizes], "--", label="one process, shared out")
+    right.set_xticks(sizes, map(str, sizes))
+    right.set_ylabel("seconds")
+    right.set_title(f"exponent {exponent(sizes, seconds):.2f}", fontsize=10)
+    for axis in (left, right):
+        axis.set_xlabel("processes")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.grid(visible=True, which="both", alpha=0.2)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table as text."""
     lines = [
@@ -127,20 +160,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--redraw", type=Path, metavar="JSON", help="draw this result again, measure nothing")
     options = parser.parse_args(arguments)
-    sizes, width = ((2,), 24) if options.tiny else (PROCESSES, WIDTH)
+    if options.redraw:
+        draw(options.redraw.with_suffix(".png"), json.loads(options.redraw.read_text())["rows"])
+        return 0
+    sizes, width = ((1, 2), 24) if options.tiny else (PROCESSES, WIDTH)
     rows = [measure(size, width) for size in sizes]
-    result = {
-        "table": "ranks",
-        "date": datetime.datetime.now().isoformat(timespec="minutes"),
-        "machine": machine.describe("cpu"),
-        "commit": machine.commit(),
-        "settings": {"width": width, "num_grads": NUM_GRADS, "block_size": BLOCK, "cores": os.cpu_count()},
-        "rows": rows,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    target = options.out / f"ranks-{machine.slug('cpu')}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
+    settings = {"width": width, "num_grads": NUM_GRADS, "block_size": BLOCK, "cores": os.cpu_count()}
+    target = machine.write_result(options.out, "ranks", {"settings": settings, "rows": rows})
+    draw(target.with_suffix(".png"), rows)
     print(page(rows))
     return 0
 

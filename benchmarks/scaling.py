@@ -10,7 +10,6 @@ GPU result makes of networks that no card holds.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import statistics
@@ -213,20 +212,10 @@ def main(arguments: list[str] | None = None) -> int:
         for point in points:
             rows[name].append({"point": point, **run(point)})
             print(f"{name}: {point} {rows[name][-1]['seconds']:.3g} s", flush=True)
-    result = {
-        "table": "scaling",
-        "date": datetime.datetime.now().isoformat(timespec="minutes"),
-        "machine": machine.describe("cpu"),
-        "commit": machine.commit(),
-        "rows": rows,
-        "exponents": judge(rows),
-        "estimate": estimate(newest("gpu", RESULTS)),
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    target = options.out / f"scaling-{machine.slug('cpu')}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    draw(target.with_suffix(".png"), result)
-    print(page(result))
+    found = {"rows": rows, "exponents": judge(rows), "estimate": estimate(newest("gpu", RESULTS))}
+    target = machine.write_result(options.out, "scaling", found)
+    draw(target.with_suffix(".png"), found)
+    print(page(found))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The study of several processes: one run of tiny sizes, whose bytes are those that must be sent and little more."""
+"""The study of several processes: its picture, and one run of tiny sizes that sends little more than it must."""
 
 from __future__ import annotations
 
@@ -7,8 +7,35 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from matplotlib.figure import Figure
 
 from benchmarks import ranks
+
+
+def test_the_picture_of_a_stored_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = tmp_path / "ranks-here.json"
+    rows = [
+        {
+            "processes": size,
+            "seconds": 8 / size,
+            "sent": {"broadcast": 5.0 * (size - 1)},
+            "fewest": 4 * (size - 1),
+        }
+        for size in ranks.PROCESSES
+    ]
+    stored.write_text(json.dumps({"rows": rows}))
+    figures: list[Figure] = []
+    monkeypatch.setattr(ranks.plt, "close", figures.append)
+    assert ranks.main(["--redraw", str(stored)]) == 0
+    assert stored.with_suffix(".png").stat().st_size > 10_000
+    monkeypatch.undo()
+    (figure,) = figures
+    ranks.plt.close(figure)
+    left, right = figure.axes
+    assert [line.get_xydata().tolist() for line in left.lines] == [[[2, 5], [4, 15]], [[2, 4], [4, 12]]]
+    measured, shared = (line.get_xydata().tolist() for line in right.lines)
+    assert measured == shared == [[1, 8], [2, 4], [4, 2]]
+    assert right.get_title() == "exponent -1.00"
 
 
 @pytest.mark.skipif(
@@ -20,7 +47,11 @@ def test_a_tiny_study(
     monkeypatch.setattr(ranks, "ROUNDS", 1)
     assert ranks.main(["--tiny", "--out", str(tmp_path)]) == 0
     (stored,) = tmp_path.glob("ranks-*.json")
-    (two,) = json.loads(stored.read_text())["rows"]
+    result = json.loads(stored.read_text())
+    assert list(result) == ["table", "date", "machine", "commit", "settings", "rows"]
+    assert stored.with_suffix(".png").stat().st_size > 10_000
+    one, two = result["rows"]
+    assert sum(one["sent"].values()) == one["fewest"] == 0
     gradients = 4 * ranks.NUM_GRADS / 2
     assert two["fewest"] == gradients + 4
     # blocks do not divide evenly

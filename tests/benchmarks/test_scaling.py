@@ -34,6 +34,7 @@ def test_a_tiny_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert scaling.main(["--tiny", "--out", str(tmp_path)]) == 0
     (stored,) = tmp_path.glob("scaling-*.json")
     result = json.loads(stored.read_text())
+    assert list(result) == ["table", "date", "machine", "commit", "rows", "exponents", "estimate"]
     assert stored.with_suffix(".png").stat().st_size > 10_000
     assert set(result["exponents"]) == {"d", "d, kernel alone"}
     for rows in result["rows"].values():
