@@ -566,6 +566,30 @@ def _kron_matvec(data: Inputs) -> Makers:
     }
 
 
+def _conv_weight_grads(data: Inputs) -> Makers:
+    def answer(b: int, got: Tensor) -> Answer:
+        return {"rows": got[b % len(got)]}
+
+    def ours() -> Contender:
+        channels, outputs, _ = data.problem.convolution
+        out = torch.empty(data.num_grads, outputs, channels, 3, 3, device=data.device)
+        return Contender(
+            lambda: data.images,
+            lambda *args: ops.conv_weight_grads(*args, out=out, padding=(1, 1)),
+            lambda b, *rest: answer(b, out),
+        )
+
+    def rival(run: Callable[..., Tensor]) -> Contender:
+        return Contender(lambda: data.images, run, lambda b, got, *rest: answer(b, got))
+
+    return {
+        "ours": ours,
+        "loop": lambda: rival(rivals.conv_weight_grads_loop),
+        "strong": lambda: rival(rivals.conv_weight_grads),
+        "strong unfolded": lambda: rival(rivals.conv_weight_grads_unfolded),
+    }
+
+
 def _obs_saliency(data: Inputs) -> Makers:
     def ours() -> Contender:
         out = torch.empty_like(data.weight)
@@ -724,6 +748,7 @@ _MAKERS: dict[str, Callable[[Inputs], Makers]] = {
     "block_factor_matvec": _block_factor_matvec,
     "factor_downdate_": _factor_downdate,
     "kron_matvec": _kron_matvec,
+    "conv_weight_grads": _conv_weight_grads,
     "obs_eliminate": _obs_eliminate,
     "obs_saliency": _obs_saliency,
     "prune_mask": _prune_mask,
@@ -738,6 +763,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "inverse_diagonal_from_grads": ("ours", "strong primal"),
     "sherman_morrison_": ("ours", "loop", "strong primal"),
     "fishleg_block_step_": ("ours", "loop", "strong", "strong in cache"),
+    "conv_weight_grads": ("ours", "loop", "strong", "strong unfolded"),
     **dict.fromkeys(
         (
             "fisher_vector_product",
@@ -838,6 +864,9 @@ def truth(problem: Problem, b: int, device: str = "cpu", got: Answer | None = No
             each.flatten(end_dim=-3)[b % problem.num_tiles].double() for each in data.tiles
         )
         return {"product": scale * (left @ (scale * y) @ right)}
+    if problem.op == "conv_weight_grads":
+        image, slope = (each[b % problem.num_grads, None].double() for each in data.images)
+        return {"rows": rivals.conv_weight_grads_unfolded(image, slope)[0]}
     if problem.op in ("factor_diagonal", "block_factor_matvec", "factor_downdate_"):
         R = _our_block(data, data.root, b).double()
         V = torch.linalg.qr(R[~mask].mT).Q

@@ -74,6 +74,14 @@ class Inputs:
         return left + left.mT, right + right.mT, self._normal(N, B, B), self._normal(1, N, B, B)
 
     @cached_property
+    def images(self) -> tuple[Tensor, Tensor]:
+        """Input and gradient at the output of a convolution, [m, C, side, side] each."""
+        channels, out, side = self.problem.convolution
+        return self._normal(self.num_grads, channels, side, side), self._normal(
+            self.num_grads, out, side, side
+        )
+
+    @cached_property
     def inside(self) -> Tensor:
         """Which places of [K, B] are weights."""
         lengths = self.blocks[:, 1:] - self.blocks[:, :1]

@@ -96,6 +96,11 @@ class Problem:
         return max(1, self.num_weights // self.block_size**2)
 
     @property
+    def convolution(self) -> tuple[int, int, int]:
+        """Channels in and out of the 3 x 3 convolution of about d weights, and sides of the images, all padded by 1."""
+        return self.block_size, max(1, self.num_weights // (9 * self.block_size)), 14
+
+    @property
     def num_rows(self) -> int:
         """Gradients at hand, k."""
         return self.per_call or self.num_grads
@@ -146,7 +151,13 @@ class Problem:
         return self.prefix(next(fitting, 1))
 
 
-STATELESS = ("prune_mask", "fisher_vector_product", "inverse_diagonal_from_grads", "kron_matvec")
+STATELESS = (
+    "prune_mask",
+    "fisher_vector_product",
+    "inverse_diagonal_from_grads",
+    "kron_matvec",
+    "conv_weight_grads",
+)
 ONE_STATE = (
     "build",
     "inverse_from_grads",
@@ -292,6 +303,13 @@ def _kron_matvec(p: Problem) -> Floor:
     )
 
 
+def _conv_weight_grads(p: Problem) -> Floor:
+    """A matrix product over the pixels for each of m samples; images and gradients in, rows out."""
+    channels, out, side = p.convolution
+    rows, pixels = 9 * channels * out, side**2
+    return Floor(4 * p.num_grads * (rows + (channels + out) * pixels), 2 * p.num_grads * rows * pixels)
+
+
 def _obs_update(p: Problem) -> Floor:
     """Weight in and out, inverse diagonal and mask (one byte) in, beside the state."""
     return Floor(_state_bytes(p) + 13 * p.num_weights, 2 * p.sum_over_blocks(2))
@@ -365,6 +383,7 @@ FLOORS: dict[tuple[str, str], Callable[[Problem], Floor]] = {
     ),
     ("factor_downdate_", "primal"): _factor_downdate,
     ("kron_matvec", "primal"): _kron_matvec,
+    ("conv_weight_grads", "primal"): _conv_weight_grads,
     ("obs_saliency", "primal"): lambda p: Floor(12 * p.num_weights, 3 * p.num_weights),
     # Saliency, and a byte each for the dead weights and the mask.
     ("prune_mask", "primal"): lambda p: Floor(6 * p.num_weights, 0),
@@ -403,6 +422,7 @@ PROBLEMS = (
     Problem("block_factor_matvec", 1 << 18, 32, 64),
     Problem("factor_downdate_", 1 << 18, 32, 64, expected_share=0.4),
     Problem("kron_matvec", 1 << 20, 32, 64, expected_share=0.8),
+    Problem("conv_weight_grads", 9 * 64**2, 64, 64, expected_share=0.8),
     Problem("obs_saliency", RESNET20, 256, 100),
     Problem("prune_mask", RESNET20, 256, 100),
     Problem("obs_update_", RESNET20, 256, 100),
@@ -478,6 +498,7 @@ GPU_PROBLEMS = (
     _resnet50("block_factor_matvec", 32, 50, contenders=("ours", "strong", "triton")),
     _resnet50("factor_downdate_", 32, 50, contenders=("ours", "strong", "triton")),
     _resnet50("kron_matvec", 32, 64, contenders=("ours", "strong", "triton")),
+    Problem("conv_weight_grads", 9 * 256**2, 64, 256, contenders=("ours", "strong", "strong unfolded")),
     _resnet50("obs_saliency", 64, 50),
     _resnet50("prune_mask", 64, 50, contenders=("ours", "strong", "strong sort", "native", "triton")),
     _resnet50("obs_update_", 64, 50),
@@ -511,7 +532,7 @@ TINY = tuple(
 )
 GPU_TINY = tuple(
     replace(
-        p.prefix(2),
+        p.prefix(2) if p.network else replace(p, num_weights=1_030),
         num_grads=24,
         block_size=TINY_BLOCKS[p.block_size],
         per_call=8 if p.per_call else 0,
@@ -519,7 +540,7 @@ GPU_TINY = tuple(
         contenders=tuple(name for name in p.contenders if not name.endswith("compiled")),
     )
     for p in GPU_PROBLEMS
-    if p.network == "ResNet-50"
+    if p.network in ("ResNet-50", "")
 )
 
 TABLES = {"full": PROBLEMS, "tiny": TINY, "gpu": GPU_PROBLEMS, "gpu-tiny": GPU_TINY}

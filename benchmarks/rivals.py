@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -265,6 +266,28 @@ def factor_downdate_loop_(root: Tensor, mask: Tensor) -> None:
 def kron_matvec(left: Tensor, right: Tensor, scale: Tensor, x: Tensor) -> Tensor:
     """D o (T (D o x) S), [N, o, i]."""
     return torch.bmm(torch.bmm(left, scale * x), right).mul_(scale)
+
+
+def conv_weight_grads(x: Tensor, grad: Tensor) -> Tensor:
+    """All samples as groups of one convolution, 3 x 3 and padded by 1.   x [m, C, H, W], grad [m, O, H, W]."""
+    m, channels = x.shape[:2]
+    shape = (m * grad.shape[1], channels, 3, 3)
+    flat = x.flatten(0, 1)[None], grad.flatten(0, 1)[None]
+    rows = conv2d_weight(flat[0], shape, flat[1], padding=1, groups=m)
+    return rows.unflatten(0, (m, -1))
+
+
+def conv_weight_grads_loop(x: Tensor, grad: Tensor) -> Tensor:
+    """Sample after sample."""
+    shape = (grad.shape[1], x.shape[1], 3, 3)
+    samples = zip(x.split(1), grad.split(1), strict=True)
+    return torch.stack([conv2d_weight(x, shape, g, padding=1) for x, g in samples])
+
+
+def conv_weight_grads_unfolded(x: Tensor, grad: Tensor) -> Tensor:
+    """All patches written out, and one matrix product for each sample."""
+    patches = torch.nn.functional.unfold(x, 3, padding=1)  # [m, 9 C, P]
+    return torch.bmm(grad.flatten(2), patches.mT).unflatten(2, (-1, 3, 3))
 
 
 def woodbury_(f_inv: Tensor, grads: Tensor, num_grads: int) -> None:

@@ -101,6 +101,9 @@ def problems() -> Iterator[tuple[str, list[object]]]:
     left, right, scale = normal(2, 20, 20), normal(2, 12, 12), normal(2, 20, 12)
     tiles = normal(3, 2, 20, 12)
     yield "kron_matvec", [left + left.mT, right + right.mT, scale, tiles, torch.zeros_like(tiles)]
+    images, slopes = normal(2, 6, 7, 8), normal(2, 10, 3, 8)
+    strides = [(2, 1), (0, 1), (1, 1)]
+    yield "conv_weight_grads", [torch.zeros(2, 10, 3, 3, 3), images, slopes, *strides, 2]
     if torch.cuda.is_available():  # a block that only the CUDA kernels hold on chip
         wide, B = normal(10, 150), 150
         args = [wide, torch.tensor([[0, B]]), 10, DAMPING]

@@ -37,10 +37,10 @@ def _check(
             raise FastFisherError(f"{name} must be two numbers of at least {least}, got {list(pair)}")
     k, out, channels, *kernel = rows.shape
     each = out * channels * math.prod(kernel)
-    if min(rows.shape) < 1 or rows.stride(0) < each:
+    if rows.stride(0) < each:
         raise FastFisherError(
-            f"rows must hold samples of {each} numbers, at least one and none over another, "
-            f"got {_checks.shape_text(rows)} with {rows.stride(0)} numbers from one to the next"
+            f"rows must hold samples of {each} numbers, none over another, got {rows.stride(0)} numbers from one to "
+            f"the next"
         )
     if groups < 1 or out % groups:
         raise FastFisherError(f"groups must divide the {out} output channels of rows, got {groups}")

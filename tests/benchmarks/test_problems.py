@@ -172,7 +172,7 @@ def test_rivals_of_a_piece_of_the_blocks_say_so_and_are_right(
         assert chosen.piece.ids.tolist() == list(range(0, problem.num_blocks, chosen.piece.every))
         parts = max(parts, chosen.piece.every)
     inputs_of.cache_clear()
-    rivals_of_vectors = ("obs_saliency", "prune_mask", "prune", "kron_matvec")
+    rivals_of_vectors = ("obs_saliency", "prune_mask", "prune", "kron_matvec", "conv_weight_grads")
     reading = ("inverse_diagonal", "block_matvec", "obs_update_", "factor_diagonal", "block_factor_matvec")
     of_state = problem.form == "primal" and problem.op in reading
     alone = problem.contenders == ("ours",) and problem.op != "prune"

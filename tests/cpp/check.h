@@ -222,6 +222,7 @@ class Checker {
         fishleg();
         removal();
         kron();
+        convolution();
         dual();
     }
 
@@ -761,6 +762,59 @@ class Checker {
             run_.kron_matvec(out, left.data(), right.data(), scale.data(), x.data(), n, N, o, i, threads);
         });
         expect_near(got.data(), want.data(), static_cast<int64_t>(want.size()), TOLERANCE, "kron_matvec", p_);
+    }
+
+    // Small images whose channels, groups and steps follow from the problem's sizes; values cut out of the weights.
+    void convolution() const {
+        const int64_t B = p_.block_size, s = 1 + B % 2, n = 2, groups = 1 + B % 3 * (p_.columns % 4) * 5;
+        Convolution conv{n,
+                         groups,
+                         1 + p_.num_grads % 5,
+                         groups > 1 ? 1 + B % 9 : std::min<int64_t>(B, 70),
+                         {6, 4 + B % 4},
+                         {},
+                         {1 + B % 3, 3},
+                         {s, 1},
+                         {B % 2, 1},
+                         {1, 1 + p_.num_grads % 2},
+                         p_.extra_stride % 2 == 1,
+                         p_.columns % 2 == 1};
+        for (int i = 0; i < 2; ++i)
+            conv.out_size[i] =
+                (conv.size[i] + 2 * conv.padding[i] - conv.dilation[i] * (conv.kernel[i] - 1) - 1) / conv.stride[i] + 1;
+        const int64_t C = groups * conv.in, O = groups * conv.out, taps = conv.kernel[0] * conv.kernel[1];
+        const int64_t plane = conv.size[0] * conv.size[1], pixels = conv.out_size[0] * conv.out_size[1];
+        std::vector<T> x, g;
+        for (int64_t q = 0; q < n * C * plane; ++q) x.push_back(weight_[(q * 7 + 1) % p_.num_weights]);
+        for (int64_t q = 0; q < n * O * pixels; ++q) g.push_back(weight_[(q * 5 + 2) % p_.num_weights]);
+        const auto at = [](const std::vector<T>& from, bool last, int64_t count, int64_t size, int64_t sample,
+                           int64_t channel, int64_t place) {
+            const int64_t inside = last ? place * count + channel : channel * size + place;
+            return static_cast<double>(from[sample * count * size + inside]);
+        };
+        const int64_t length = O * conv.in * taps, stride = length + p_.extra_stride;
+        Matrix want(n * stride, std::numeric_limits<double>::quiet_NaN());
+        for (int64_t q = 0; q < n * length; ++q) {
+            const int64_t sample = q / length, o = q % length / (conv.in * taps), c = q / taps % conv.in;
+            const int64_t ky = q % taps / conv.kernel[1], kx = q % conv.kernel[1];
+            double sum = 0;
+            for (int64_t p = 0; p < pixels; ++p) {
+                const int64_t y = p / conv.out_size[1] * conv.stride[0] + ky * conv.dilation[0] - conv.padding[0];
+                const int64_t z = p % conv.out_size[1] * conv.stride[1] + kx * conv.dilation[1] - conv.padding[1];
+                if (y < 0 || y >= conv.size[0] || z < 0 || z >= conv.size[1]) continue;
+                sum += at(g, conv.g_last, O, pixels, sample, o, p) *
+                       at(x, conv.x_last, C, plane, sample, o / conv.out * conv.in + c, y * conv.size[1] + z);
+            }
+            want[sample * stride + q % length] = sum;
+        }
+        const auto got = twice(
+            std::vector<T>(want.size(), NOT_A_NUMBER), "conv_weight_grads",
+            [&](T* rows, int threads) { run_.conv_weight_grads(rows, stride, x.data(), g.data(), conv, threads); });
+        for (int64_t sample = 0; sample < n; ++sample) {
+            expect_near(&got[sample * stride], &want[sample * stride], length, TOLERANCE, "conv_weight_grads", p_);
+            for (int64_t q = length; q < stride; ++q)
+                if (got[sample * stride + q] == got[sample * stride + q]) fail("conv_weight_grads between rows", p_);
+        }
     }
 
     void dual() const {

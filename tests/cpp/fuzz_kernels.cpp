@@ -112,6 +112,8 @@ void wild(const ff::Kernels<T>& run, ff::DualFactor dual_factor, const check::Pr
     each(line, [&](T* out, int t) {
         run.kron_matvec(out, tiles.data(), weight.data(), state.data(), line.data(), 1, 1, B, 1, t);
     });
+    const ff::Convolution conv{1, 1, 1, 1, {B, B}, {B, B}, {1, 3}, {1, 1}, {0, 1}, {1, 1}, false, true};
+    each(std::vector<T>(3), [&](T* out, int t) { run.conv_weight_grads(out, 3, state.data(), tiles.data(), conv, t); });
     const auto factor = same_for_any_threads(std::vector<double>(K * k * k), threads, p, [&](double* out, int t) {
         dual_factor(out, grads, p.blocks(), m, damping, condition.data(), t);
     });

@@ -139,6 +139,10 @@ def problems() -> Iterator[tuple[str, str, tuple]]:
                 yield "factor_downdate_", case, (F, blocks, mask)
                 x = torch.zeros(2, 3, B, B, dtype=state)
                 yield "kron_matvec", case, (F, F, x[0], x, x.clone())
+        for channels in (3, 64):
+            x, g = torch.zeros(2, channels, 9, 8, dtype=state), torch.zeros(2, channels, 9, 8, dtype=state)
+            rows = torch.zeros(2, channels, channels, 3, 3, dtype=state)
+            yield "conv_weight_grads", f"C={channels} {name}", (rows, x, g, (1, 1), (1, 1), (1, 1), 1)
         weight = torch.zeros(3000, dtype=state)
         yield "obs_saliency", name, (weight, weight.clone(), weight.clone())
         mask = torch.zeros(3000, dtype=torch.bool)

@@ -23,6 +23,7 @@ HOT = {
     "block_matvec._primal",
     "block_matvec._project",
     "blocked._update",
+    "conv_weight_grads._conv",
     "dual_factor._gram",
     "factor._diagonal",
     "factor._downdate",

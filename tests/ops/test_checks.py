@@ -95,6 +95,15 @@ def valid() -> dict[str, dict[str, object]]:
             "x": torch.ones(5, 2, 3, 4),
             "out": torch.zeros(5, 2, 3, 4),
         },
+        "conv_weight_grads": {
+            "rows": torch.zeros(2, 6, 2, 3, 3),
+            "x": torch.ones(2, 4, 5, 6),
+            "grad": torch.ones(2, 6, 5, 3),
+            "stride": (1, 2),
+            "padding": (1, 1),
+            "dilation": (1, 1),
+            "groups": 2,
+        },
         "obs_saliency": {"weight": w, "inv_diag": torch.ones(7), "out": torch.zeros(7)},
         "prune_mask": {
             "saliency": w,
@@ -298,6 +307,36 @@ BAD: list[tuple[str, Change, str]] = [
     ("kron_matvec", lambda: {"x": torch.ones(5, 2, 4, 3)}, r"x must be \[n, 2, 3, 4\], got \[5, 2, 4, 3\]"),
     ("kron_matvec", lambda: {"left": torch.ones(2, 4, 4)}, r"left must be \[2, 3, 3\], got \[2, 4, 4\]"),
     ("kron_matvec", lambda: {"right": torch.ones(2, 4, 4).double()}, "right must be float32, got float64"),
+    ("conv_weight_grads", lambda: {"rows": torch.zeros(2, 6, 2, 9)}, r"kernel\], got \[2, 6, 2, 9\]"),
+    (
+        "conv_weight_grads",
+        lambda: {"rows": torch.zeros(0, 6, 2, 3, 3)},
+        r"size at least 1, got \[0, 6, 2, 3, 3\]",
+    ),
+    (
+        "conv_weight_grads",
+        lambda: {"rows": torch.zeros(200).as_strided((2, 6, 2, 3, 3), (50, 18, 9, 3, 1))},
+        "samples of 108 numbers, .* 50 numbers from one to the next",
+    ),
+    (
+        "conv_weight_grads",
+        lambda: {"x": torch.ones(2, 2, 5, 6)},
+        r"x must be \[2, 4, H, W\], got \[2, 2, 5, 6\]",
+    ),
+    ("conv_weight_grads", lambda: {"groups": 4}, "groups must divide the 6 output channels of rows, got 4"),
+    (
+        "conv_weight_grads",
+        lambda: {"stride": (0, 1)},
+        r"stride must be two numbers of at least 1, got \[0, 1\]",
+    ),
+    ("conv_weight_grads", lambda: {"padding": (1,)}, r"padding must be two numbers of at least 0, got \[1\]"),
+    ("conv_weight_grads", lambda: {"stride": (1, 1)}, r"grad must be \[2, 6, 5, 6\], got \[2, 6, 5, 3\]"),
+    (
+        "conv_weight_grads",
+        lambda: {"grad": torch.ones(2, 6, 5, 3).double()},
+        "grad must be float32, got float64",
+    ),
+    ("conv_weight_grads", lambda: {"x": torch.ones(2, 4, 5, 12)[..., ::2]}, "x must be contiguous"),
     ("obs_solve_", lambda: {**dual(), "num_grads": 0}, "num_grads must be at least 1, got 0"),
 ]
 

@@ -33,6 +33,7 @@ FILES = {
     "block_factor_matvec": "factor",
     "factor_downdate_": "factor",
     "kron_matvec": "kron_matvec",
+    "conv_weight_grads": "conv_weight_grads",
     "obs_eliminate": "obs_eliminate",
     "obs_saliency": "obs",
     "prune_mask": "prune_mask",

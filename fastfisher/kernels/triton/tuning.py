@@ -36,7 +36,8 @@ def _row(op: str, size: float, itemsize: int = 4, since: int = 80, **parameters:
     return Row(op, size, parameters, itemsize, since)
 
 
-# ENTRIES: of matrices a program holds; ROWS, COLUMNS: of gradients a step; TILE: edge of a tile; W: panel on chip;
+# ENTRIES: of matrices a program holds; ROWS, COLUMNS: of gradients a step, PIXELS: of an image; TILE: edge of a tile;
+# W: panel on chip;
 # PRECISION: of float32 products in a Gram matrix, whose error tests/kernels/test_precision.py bounds
 TABLE = (
     _row("inverse_from_grads", 32, num_warps=4, num_stages=3, ROWS=32, W=16, PRECISION="tf32x3"),
@@ -104,6 +105,11 @@ TABLE = (
     _row("kron_matvec", ANY, itemsize=8, num_warps=4, num_stages=1, TILE=32, PRECISION="ieee"),
     _row("kron_matvec", 32, num_warps=4, num_stages=1, TILE=32, PRECISION="ieee"),
     _row("kron_matvec", ANY, num_warps=8, num_stages=1, TILE=64, PRECISION="ieee"),
+    _row(
+        "conv_weight_grads", ANY, itemsize=8, num_warps=4, num_stages=1, TILE=32, PIXELS=32, PRECISION="ieee"
+    ),
+    _row("conv_weight_grads", 32, num_warps=4, num_stages=2, TILE=32, PIXELS=32, PRECISION="ieee"),
+    _row("conv_weight_grads", ANY, num_warps=8, num_stages=2, TILE=64, PIXELS=32, PRECISION="ieee"),
     _row("dual_factor", ANY, since=100, num_warps=8, num_stages=3, TILE=32, COLUMNS=32),
     _row("dual_factor", ANY, num_warps=4, num_stages=3, TILE=64, COLUMNS=16),
     _row("inverse_diagonal", ANY, since=100, num_warps=8, num_stages=1, TILE=16, COLUMNS=32),
