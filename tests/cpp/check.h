@@ -17,6 +17,7 @@
 namespace check {
 
 using ff::Blocks;
+using ff::Convolution;
 using ff::DType;
 using ff::Dual;
 using ff::Gradients;
