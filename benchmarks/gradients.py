@@ -30,7 +30,8 @@ from benchmarks import machine, memory
 from benchmarks.paper.networks import ResNet20
 from fastfisher.fisher.batches import Samples, read_batch
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.gradients import ACTIVATION_FACTOR, GradientStream, Objective
+from fastfisher.fisher.gradients import ACTIVATION_FACTOR, GradientStream
+from fastfisher.fisher.objective import Objective
 
 RESULTS = Path(__file__).parent / "results"
 BAR = {"cpu": 2.5, "cuda": 3.0}  # times as fast as vmap(grad), asked of the first network

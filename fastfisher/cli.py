@@ -453,7 +453,7 @@ def evaluate(
     import torch
 
     from fastfisher.fisher.batches import SampleReader
-    from fastfisher.fisher.gradients import Objective, parameter_aliases, untouched
+    from fastfisher.fisher.objective import Objective, parameter_aliases, untouched
 
     parameters = {name: model.get_parameter(name) for name in parameter_aliases(model)}
     if not parameters:

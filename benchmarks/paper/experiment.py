@@ -26,7 +26,8 @@ from benchmarks.paper import pictures
 from benchmarks.paper.data import Split, add_argument
 from benchmarks.paper.pictures import Axes, Line, Panel
 from benchmarks.tables import markdown_table
-from fastfisher.fisher.gradients import GradientStream, Objective, untouched
+from fastfisher.fisher.gradients import GradientStream
+from fastfisher.fisher.objective import Objective, untouched
 from fastfisher.prune import saliency
 from fastfisher.prune.select import select
 from fastfisher.prune.update import updated, written

@@ -18,8 +18,8 @@ from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher import parts as _parts
 from fastfisher.fisher.batches import Samples
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.gradients import Objective, untouched
 from fastfisher.fisher.inverse import FisherInverse, _check_options
+from fastfisher.fisher.objective import Objective, untouched
 
 # d products with the Hessian and B² numbers for each block: what a small network can afford.
 MAX_WEIGHTS = 10_000

@@ -26,10 +26,10 @@ from fastfisher.fisher.batches import Samples
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.conjugate import conjugate_gradients
 from fastfisher.fisher.conv1d import is_conv1d
-from fastfisher.fisher.gradients import Objective, parameter_aliases, untouched
 from fastfisher.fisher.hessian import target_names
 from fastfisher.fisher.inverse import UPDATES, _check_options, absolute_damping, check_weight, checked_vectors
 from fastfisher.fisher.layers import source_of
+from fastfisher.fisher.objective import Objective, parameter_aliases, untouched
 
 FISHER_TYPES = ("empirical", "mc")
 # Patches unfolded at once, in bytes: they are kernel-size times as large as the image they come from.

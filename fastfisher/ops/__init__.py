@@ -1,7 +1,7 @@
 """The operations on Fisher blocks: a reference in plain PyTorch each, and kernels that must agree with it.
 
-Everything is flat: weights [d], gradients [k, d], and blocks, which are ranges of the d weights.  Every op
-writes into the tensors it is given and returns nothing.
+Weights [d] and gradients [k, d] are flat, and blocks are ranges of the d weights; only conv_weight_grads sees images.
+Every op writes into the tensors it is given and returns nothing.
 """
 
 import importlib

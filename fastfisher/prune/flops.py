@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfisher.fisher.batches import Samples
-from fastfisher.fisher.gradients import Objective
+from fastfisher.fisher.objective import Objective
 
 
 def count_flops(objective: Objective, model: nn.Module, samples: Samples) -> tuple[float, dict[str, float]]:

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from fastfisher.errors import FastFisherError
-from fastfisher.fisher.gradients import parameter_aliases
+from fastfisher.fisher.objective import parameter_aliases
 from fastfisher.fisher.sharded import count_true, local
 from fastfisher.prune.targets import find_targets
 

@@ -21,19 +21,10 @@ from fastfisher.errors import DoesNotFitError, FastFisherError
 from fastfisher.fisher import offload
 from fastfisher.fisher.batches import SampleReader
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.gradients import (
-    ACTIVATION_FACTOR,
-    COLUMNS,
-    GRAD_DTYPES,
-    KEPT_GRADS,
-    GradientStream,
-    LossFn,
-    Objective,
-    chunks,
-    untouched,
-)
+from fastfisher.fisher.gradients import ACTIVATION_FACTOR, GRAD_DTYPES, KEPT_GRADS, GradientStream, chunks
 from fastfisher.fisher.inverse import FisherAccumulator, choose_form
 from fastfisher.fisher.kronecker import tile_side
+from fastfisher.fisher.objective import COLUMNS, LossFn, Objective, untouched
 from fastfisher.fisher.parts import slab_bytes
 from fastfisher.fisher.sharded import gathered
 from fastfisher.memory import format_bytes, free_bytes, parse_bytes, peak_of

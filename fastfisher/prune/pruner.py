@@ -21,7 +21,8 @@ import fastfisher
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout
-from fastfisher.fisher.gradients import GradientStream, LossFn, Objective, untouched
+from fastfisher.fisher.gradients import GradientStream
+from fastfisher.fisher.objective import LossFn, Objective, untouched
 from fastfisher.fisher.sharded import gathered
 from fastfisher.memory import peak_bytes
 from fastfisher.prune.flops import count_flops

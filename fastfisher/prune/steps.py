@@ -18,10 +18,11 @@ from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
 from fastfisher.fisher.fishleg import FishLegInverse
-from fastfisher.fisher.gradients import KEPT_GRADS, GradientStream, Objective
+from fastfisher.fisher.gradients import KEPT_GRADS, GradientStream
 from fastfisher.fisher.hessian import hessian_inverse, obd_inverse
 from fastfisher.fisher.inverse import FisherInverse
 from fastfisher.fisher.kfac import KFACInverse, kfac_inverse
+from fastfisher.fisher.objective import Objective
 from fastfisher.prune import saliency
 from fastfisher.prune.groups import ONE_GROUP, GroupedInverse, Storage, shares_blocks, timed
 from fastfisher.prune.learner import Learner

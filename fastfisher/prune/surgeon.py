@@ -20,8 +20,8 @@ from fastfisher.fisher.auxiliary import Product, SampledSteps
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout
 from fastfisher.fisher.fishleg import FishLegInverse
-from fastfisher.fisher.gradients import LossFn, Objective, untouched
 from fastfisher.fisher.inverse import absolute_damping, mean_diagonal
+from fastfisher.fisher.objective import LossFn, Objective, untouched
 from fastfisher.prune.settings import Settings
 
 # Gradients that are held at once; more come in several batches, each of which Q is fitted to in turn.

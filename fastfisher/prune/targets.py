@@ -19,7 +19,7 @@ from torch import nn
 
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.conv1d import is_conv1d
-from fastfisher.fisher.gradients import parameter_aliases
+from fastfisher.fisher.objective import parameter_aliases
 from fastfisher.fisher.sharded import local
 from fastfisher.prune.patterns import Pattern, input_dims
 

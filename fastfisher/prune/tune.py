@@ -24,7 +24,7 @@ from torch import nn
 
 from fastfisher.errors import DoesNotFitError, FastFisherError, FisherError
 from fastfisher.fisher.batches import SampleReader, Samples
-from fastfisher.fisher.gradients import LossFn, Objective, untouched
+from fastfisher.fisher.objective import LossFn, Objective, untouched
 from fastfisher.prune.progress import Bar, Progress
 from fastfisher.prune.pruner import prune
 from fastfisher.prune.settings import Settings

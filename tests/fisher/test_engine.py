@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfisher.errors import FastFisherError
-from fastfisher.fisher import gradients, layers
+from fastfisher.fisher import layers, objective
 from fastfisher.fisher.batches import read_batch
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
-from fastfisher.fisher.gradients import GradientStream, Objective, untouched
+from fastfisher.fisher.gradients import GradientStream
+from fastfisher.fisher.objective import Objective, untouched
 from fastfisher.prune.plan import plan
 from fastfisher.prune.pruner import prune
 from tests.prune.models import assert_same, classifier, images, picture
@@ -532,5 +533,5 @@ def test_half_precision_and_drawn_labels() -> None:
 
 
 def test_kinks_are_within_the_tolerance() -> None:
-    assert set(gradients.TOLERANCE) == {torch.float32, DOUBLE}
-    assert max(gradients.TOLERANCE.values()) < 0.5 <= gradients.HALF_TOLERANCE
+    assert set(objective.TOLERANCE) == {torch.float32, DOUBLE}
+    assert max(objective.TOLERANCE.values()) < 0.5 <= objective.HALF_TOLERANCE

@@ -15,8 +15,9 @@ from torch.func import functional_call, jacrev
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import SampleReader
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
-from fastfisher.fisher.gradients import GradientStream, Objective, untouched
+from fastfisher.fisher.gradients import GradientStream
 from fastfisher.fisher.inverse import FisherAccumulator
+from fastfisher.fisher.objective import Objective, untouched
 from tests.prune.models import assert_same, batches, classifier, images, picture
 
 CPU = torch.device("cpu")

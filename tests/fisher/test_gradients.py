@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.batches import SampleReader, known_samples, read_batch
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
-from fastfisher.fisher.gradients import GradientStream, Objective, chunks, untouched
+from fastfisher.fisher.gradients import GradientStream, chunks
+from fastfisher.fisher.objective import Objective, untouched
 from tests.prune.models import assert_same, batches, classifier, images, picture
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from torch.func import functional_call, hessian
 from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
-from fastfisher.fisher.gradients import Objective
 from fastfisher.fisher.hessian import hessian_blocks, hessian_diagonal, hessian_inverse, obd_inverse
+from fastfisher.fisher.objective import Objective
 from tests.prune.models import assert_same, batches, classifier, images, picture
 
 NAMES = ["0.weight", "3.weight"]

@@ -17,8 +17,8 @@ from fastfisher.errors import FastFisherError, FisherError
 from fastfisher.fisher import kfac
 from fastfisher.fisher.batches import SampleReader, Samples
 from fastfisher.fisher.blocks import BlockLayout, LiveLayout
-from fastfisher.fisher.gradients import Objective
 from fastfisher.fisher.kfac import KFACInverse, draw_labels, kfac_factors, kfac_inverse
+from fastfisher.fisher.objective import Objective
 from tests.prune.models import assert_same, batches, classifier, images, picture
 
 CONVOLUTIONS = {

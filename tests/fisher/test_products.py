@@ -13,7 +13,7 @@ from torch.func import functional_call, grad
 
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import read_batch
-from fastfisher.fisher.gradients import Objective, difference_step, untouched
+from fastfisher.fisher.objective import Objective, difference_step, untouched
 from tests.fisher.test_fisher_type import Classified, fishers, linear, problem
 from tests.prune.models import assert_same, classifier, images, picture
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastfisher as ff
 from fastfisher.errors import FastFisherError
 from fastfisher.fisher.batches import read_batch
-from fastfisher.fisher.gradients import Objective, evaluating
+from fastfisher.fisher.objective import Objective, evaluating
 from fastfisher.prune.targets import find_targets
 
 transformers = pytest.importorskip("transformers")

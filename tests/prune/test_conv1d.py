@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fastfisher as ff
 from fastfisher.errors import FastFisherError
-from fastfisher.fisher.gradients import Objective
 from fastfisher.fisher.kfac import kfac_factors
+from fastfisher.fisher.objective import Objective
 from fastfisher.prune.targets import find_targets
 from tests.fisher.test_kfac import groups
 from tests.prune.models import batches
