@@ -11,7 +11,7 @@ import pytest
 from benchmarks.machine import ROOT
 from tests.prune.plan_run import CASES
 
-ATTEMPTS = 5  # of the time, on a machine that does other things too
+ATTEMPTS = 10  # of the time, on a machine that does other things too
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only")
