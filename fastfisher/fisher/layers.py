@@ -167,7 +167,7 @@ def _fused(conv: Any, x: Tensor, g: Tensor, sides: list[int], out: Tensor | None
     flat = (1,) * (2 - len(sides))
     shape = (*conv.weight.shape[:2], *flat, *conv.kernel_size)
     if out is None or out.dtype != wide:
-        out = torch.empty(len(x), *conv.weight.shape, dtype=wide)
+        out = x.new_empty(len(x), *conv.weight.shape, dtype=wide)
     ops.conv_weight_grads(
         _dense(x.to(wide).reshape(*x.shape[:2], *flat, *x.shape[2:])),
         _dense(g.to(wide).reshape(*g.shape[:2], *flat, *g.shape[2:])),

@@ -304,6 +304,22 @@ class Mixing(nn.Module):
         return self.linear(x - 0.5 * x.mean(0, keepdim=True))
 
 
+def test_a_layer_inside_a_transform_of_the_model_goes_by_torch_func() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.each, self.head = nn.Linear(6, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.vmap(self.each, in_dims=1, out_dims=1)(x).tanh().sum(1))
+
+    torch.manual_seed(0)
+    objective = checked(Rows(), torch.randn(N, *TOKENS, dtype=DOUBLE))
+    how = objective.explain()
+    assert how["each.weight"] == "torch.func: its layer runs inside a transform of the model's own"
+    assert how["head.weight"] == "linear: batched product"
+
+
 def test_samples_cannot_meet() -> None:
     """Every sample is a batch of its own: the model's means, and a loss that is no mean over samples."""
 
