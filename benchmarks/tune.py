@@ -36,6 +36,7 @@ GRID: dict[str, tuple[int, ...]] = {  # what is not here, such as the precision 
     "COLUMNS": (16, 32, 64, 128, 256),
     "ENTRIES": (512, 1024, 2048, 4096),
     "TILE": (16, 32, 64, 128),
+    "PIXELS": (16, 32, 64),
     "W": (16, 32),
 }
 WEIGHTS = 1 << 23
@@ -91,6 +92,7 @@ SUBJECTS = {
     "fishleg_block_step": Subject("fishleg_block_step_", (16, 32, 50, 128), other=32),
     "factor": Subject("factor_downdate_", (50, 128)),
     "kron_matvec": Subject("kron_matvec", (32, 64, 128)),
+    "conv_weight_grads": Subject("conv_weight_grads", (64, 256), other=16),
     "obs_eliminate": Subject("obs_eliminate", (50, 128, 256)),
     "obs_solve": Subject("obs_solve_", (32, 50, 64), itemsize=8),
     "blocked": _LARGE,

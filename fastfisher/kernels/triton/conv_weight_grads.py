@@ -87,7 +87,7 @@ def conv_weight_grads(
     """The op of this name."""
     k, out, channels, kernel_height, kernel_width = rows.shape
     outputs, taps = out // groups, kernel_height * kernel_width
-    options = tuning.parameters("conv_weight_grads", max(outputs, channels * taps), x)
+    options = tuning.parameters("conv_weight_grads", channels, x)
     tiles = triton.cdiv(outputs, options["TILE"]) * triton.cdiv(channels * taps, options["TILE"])
     args = (
         *(rows.stride(0), *x.stride(), *grad.stride()[:2], grad.stride(3)),

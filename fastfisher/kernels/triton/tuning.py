@@ -108,7 +108,6 @@ TABLE = (
     _row(
         "conv_weight_grads", ANY, itemsize=8, num_warps=4, num_stages=1, TILE=32, PIXELS=32, PRECISION="ieee"
     ),
-    _row("conv_weight_grads", 32, num_warps=4, num_stages=2, TILE=32, PIXELS=32, PRECISION="ieee"),
     _row("conv_weight_grads", ANY, num_warps=8, num_stages=2, TILE=64, PIXELS=32, PRECISION="ieee"),
     _row("dual_factor", ANY, since=100, num_warps=8, num_stages=3, TILE=32, COLUMNS=32),
     _row("dual_factor", ANY, num_warps=4, num_stages=3, TILE=64, COLUMNS=16),
