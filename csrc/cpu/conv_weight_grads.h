@@ -11,8 +11,8 @@ constexpr int64_t CONV_SUMS = 1 << 18;   // numbers of dw in a task
 constexpr int64_t CONV_STRIP = 1 << 16;  // numbers of g that are transposed at once
 
 // C[MR, VECTORS * W] += A B, or <- if `first`: A[r, (y, x)] = source[r][y * step_y + x * step_x], B [height * width,
-// ldb].
-template <class T, int VECTORS>
+// ldb]. With LANES every lane is a group of its own, and A holds vectors.
+template <class T, int VECTORS, bool LANES = false>
 FF_INLINE void tap_tile(const T* const* source, int64_t height, int64_t width, int64_t step_y, int64_t step_x,
                         const T* B, int64_t ldb, T* C, int64_t ldc, bool first) {
     Vec<T> acc[MR][VECTORS] = {};
@@ -28,7 +28,13 @@ FF_INLINE void tap_tile(const T* const* source, int64_t height, int64_t width, i
 #pragma GCC unroll 8
             for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; ++v) acc[r][v] += a[r][i] * b[v];
+                for (int v = 0; v < VECTORS; ++v) {
+                    if constexpr (LANES) {
+                        acc[r][v] += vec(a[r] + i) * b[v];
+                    } else {
+                        acc[r][v] += a[r][i] * b[v];
+                    }
+                }
             }
         }
     }
@@ -122,33 +128,13 @@ inline Pixels<T> with_padding(const Pixels<T>& from, const Convolution& conv, in
     return out;
 }
 
-// C[MR, W] <- A B where every lane is a group of its own: A[r, (y, x)] = vector source[r][y * step_y + x * step_x], B
-// [height * width, W].
-template <class T>
-FF_INLINE void lane_tile(const T* const* source, int64_t height, int64_t width, int64_t step_y, int64_t step_x,
-                         const T* B, T* C) {
-    Vec<T> acc[MR] = {};
-    const T* a[MR];
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) a[r] = source[r];
-    for (int64_t y = 0; y < height; ++y) {
-        const int64_t end = y * step_y + width * step_x;
-        for (int64_t i = y * step_y; i < end; i += step_x, B += W<T>) {
-#pragma GCC unroll 8
-            for (int r = 0; r < MR; ++r) acc[r] += vec(a[r] + i) * vec(B);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r) vec(C + r * W<T>) = acc[r];
-}
-
 // Channel `channel` of `lanes` groups, whose channels lie `between` apart, as [size + 2 padding, W] with zeros in the
 // rest. x is one sample: [channels, *size], or [*size, channels] with `all` of them.
 template <class T>
 inline void pack_lanes(const T* x, bool last, int64_t channel, int64_t between, int64_t all, int64_t lanes,
                        const int64_t* size, const int64_t* padding, T* to) {
     const int64_t wide = size[1] + 2 * padding[1], plane = size[0] * size[1];
-    fill_zero(to, (size[0] + 2 * padding[0]) * wide * W<T>);
+    if (lanes < W<T> || padding[0] > 0 || padding[1] > 0) fill_zero(to, (size[0] + 2 * padding[0]) * wide * W<T>);
     for (int64_t y = 0; y < size[0]; ++y) {
         T* row = to + ((y + padding[0]) * wide + padding[1]) * W<T>;
         if (!last) {
@@ -182,8 +168,8 @@ void narrow_groups(T* rows, int64_t row_stride, const T* x, const T* g, const Co
             pack_lanes<T>(g + sample * conv.groups * conv.out * outputs, conv.g_last, first * conv.out + o, conv.out,
                           conv.groups * conv.out, lanes, conv.out_size, none, B);
             for (int64_t j = 0; j < rounded; j += MR)
-                lane_tile<T>(source + j, conv.out_size[0], conv.out_size[1], conv.stride[0] * wide * W<T>,
-                             conv.stride[1] * W<T>, B, sum + j * W<T>);
+                tap_tile<T, 1, true>(source + j, conv.out_size[0], conv.out_size[1], conv.stride[0] * wide * W<T>,
+                                     conv.stride[1] * W<T>, B, W<T>, sum + j * W<T>, W<T>, true);
             transpose<T>(sum, W<T>, count, lanes, rows + sample * row_stride + (first * conv.out + o) * count,
                          conv.out * count);
         }
@@ -219,7 +205,7 @@ void conv_weight_grads(T* rows, int64_t row_stride, const T* x, const T* g, Conv
             source[j] = from.data + (j < count ? c * from.channel + offset : 0);  // the others come to nothing
         }
         const T* G = g + (conv.g_last ? sample * all * outputs + group * out : matrix * out * outputs);
-        if (!direct) fill_zero<T>(packed, strip * columns * ld);
+        if (!direct && ld > out) fill_zero<T>(packed, strip * columns * ld);
         const int64_t step_x = conv.stride[1] * from.pixel, step_y = conv.stride[0] * from.width * from.pixel;
         for (int64_t y = 0; y < conv.out_size[0]; y += strip) {
             const int64_t height = min(strip, conv.out_size[0] - y), now = height * columns;
