@@ -432,33 +432,35 @@ class Run:
         ranks.share(u, spans)
         ranks.share(mean, spans)
         blocks = layout.blocks.to(u.device)
-        seen, whole, apart, product = 0.0, 0.0, 0.0, torch.empty_like(u)
+        slope, seen, whole, apart, product = float(mean @ u), 0.0, 0.0, 0.0, torch.empty_like(u)
         with ranks.together("the step length"), self.clock("step length"):
             for group in stream.kept:
                 grads, _ = stream.objective.gradients(group)
                 rows = torch.cat([layout.rows(name, grads[name]) for name in layout.names], dim=1)  # [k, d]
-                seen += float((rows @ u.to(rows.dtype)).double().sum())
+                along = (rows @ u.to(rows.dtype)).double()  # [k]
+                seen += float(along.sum())
                 if self.settings.centered:
                     rows -= mean.to(rows.dtype)
-                whole += float((rows @ u.to(rows.dtype)).double().square().sum())
+                    along -= slope
+                whole += float(along.square().sum())
                 ops.fisher_vector_product(rows, blocks, len(rows), u[:, None], out=product[:, None])
                 apart += len(rows) * float(u @ product)
-        kept = float(sum(map(len, stream.kept_losses)))
-        seen, whole, apart, kept = ranks.sum(seen, whole, apart, kept)
+        seen, whole, apart = ranks.sum(seen, whole, apart)
         damping = max(ranks.objects(damping))  # a process that owns no block knows none
-        slope, ridge = float(mean @ u), damping * float(u.square().sum())
+        ridge = damping * float(u.square().sum())
         curvature = ridge + (slope - ridge) * (whole / apart if apart > 0 else 1.0)
         if not curvature > 0:
             return u
-        return u * self._shortened(min(1.0, slope / curvature), u, slope, seen / kept, stream)
+        return u * self._shortened(min(1.0, slope / curvature), u, slope, seen, stream)
 
     def _shortened(self, t: float, u: Tensor, slope: float, seen: float, stream: GradientStream) -> float:
         """t, or less: until the loss falls by a quarter of t times its slope (a parabola does by half of it).
 
         The gradient of a mean over P positions, or samples, has 1/P of the loss's curvature as its second moment where
         they do not depend on each other, so that F⁻¹ ∇L is up to P times too long for a model of sequences.
-        The kept samples tell how the loss bends, their change of loss less that by their own slope `seen`; the slope is
-        that of all.  Each time t goes to the minimum of the parabola through what was measured, by a third or more.
+        The kept samples tell how the loss bends, their change of loss less that by their own slopes, of sum `seen`; the
+        slope is that of all.  Each time t goes to the minimum of the parabola through what was measured, by a third or
+        more.
         """
         objective, step = stream.objective, stream.layout.unflatten(u)
 
@@ -474,7 +476,7 @@ class Run:
         losses = torch.cat(stream.kept_losses)
         total, count = self.ranks.sum(float(losses.sum()), len(losses))
         for _ in range(SHORTER):
-            change = loss(t) - total / count + t * (seen - slope)
+            change = loss(t) - total / count + t * (seen / count - slope)
             if change <= -t * slope / 4:
                 break
             t = slope * t**2 / (2 * (change + t * slope)) if math.isfinite(change) else t / 10
